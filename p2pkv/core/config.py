@@ -1,0 +1,47 @@
+"""What a machine is told once, at its start."""
+
+from dataclasses import dataclass
+
+from p2pkv.core.ids import Address, Generation, InstanceId
+from p2pkv.core.records import LaneAddress
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """One instance's fixed facts and limits.
+
+    Attributes:
+        instance: Its name.
+        generation: Which boot this is.
+        cluster: Nodes of other clusters are turned away.
+        ws: Where its websocket door listens.
+        http: URL of its own HTTP shim.
+        transfer: `host:port` of its transfer address.
+        lane: Where it hands descriptors over; None to never do so.
+        zone: In the operator's words.
+        chunk_size: Tokens in a full chunk.
+        cache_epoch: Stands for the weights where an engine doesn't name them.
+        cpu_limit_nbytes: Hard limit of LocalCPUBackend, pages counted whole.
+        descriptor_limit: Hard limit on shards held, a descriptor each.
+        move_deadline_s: A move ends by then.
+        lease_s: A lease not renewed ends by then.
+        leave_s: A leaving node is gone by then.
+        wall_offset_s: Unix time minus the clock that `now` comes from; for what people read.
+    """
+
+    instance: InstanceId
+    generation: Generation
+    cluster: InstanceId
+    ws: Address
+    http: str
+    transfer: str
+    lane: LaneAddress | None
+    zone: str
+    chunk_size: int
+    cache_epoch: str
+    cpu_limit_nbytes: int
+    descriptor_limit: int
+    move_deadline_s: float
+    lease_s: float
+    leave_s: float
+    wall_offset_s: float

@@ -1,0 +1,104 @@
+"""What this instance holds, over all its locations, and the few ways in which that changes.
+
+Each change of a residency that touches bytes goes through here, so that book, inventory and the effects for the store never
+disagree.
+"""
+
+from math import inf
+
+from p2pkv.core.chunks import Chunk
+from p2pkv.core.config import MachineConfig
+from p2pkv.core.effects import AdmitStaged, DropStaged, ReleaseChunks, ReleaseReason
+from p2pkv.core.eviction import find_victims
+from p2pkv.core.ids import Location, StageId
+from p2pkv.core.inventory import InventoryLog
+from p2pkv.core.keys import Namespace, namespace_digest
+from p2pkv.core.outbox import Outbox
+from p2pkv.core.records import LocationStatus
+from p2pkv.core.residency import Residencies, Residency, Room
+from p2pkv.errors import ErrorCode, Failure
+
+NAMESPACES_MAX = 64
+"""Models, dtypes and layouts that one instance has ever served or been given: they travel in its member record."""
+
+
+class Holdings:
+    """Books of all locations, the inventory they make up, and the namespaces that chunks belong to."""
+
+    def __init__(self, config: MachineConfig, outbox: Outbox) -> None:
+        self.inventory = InventoryLog(config.generation)
+        limit = Room(config.cpu_limit_nbytes, config.descriptor_limit)
+        self.books = {Location.LOCAL_CPU: Residencies(Location.LOCAL_CPU, limit, self.inventory)}
+        self.namespaces: dict[bytes, Namespace] = {}
+        self.attached: dict[bytes, None] = {}
+        self._outbox = outbox
+        self._chunk_size = config.chunk_size
+
+    def learn(self, namespace: Namespace) -> Failure | None:
+        """Make `namespace` known; the failure says why no chunk of it can be held here."""
+        digest = namespace_digest(namespace)
+        if digest in self.namespaces:
+            return None
+        if (problem := namespace.problem()) is not None:
+            return Failure(ErrorCode.NAMESPACE_MISMATCH, f"Model {namespace.model!r}: {problem}.")
+        if namespace.chunk_size != self._chunk_size:
+            detail = f"Model {namespace.model!r} is cut into chunks of {namespace.chunk_size} tokens, here of {self._chunk_size}."
+            return Failure(ErrorCode.NAMESPACE_MISMATCH, detail)
+        if len(self.namespaces) >= NAMESPACES_MAX:
+            return Failure(ErrorCode.STORE_FULL, f"This instance serves {NAMESPACES_MAX} namespaces already; restart it to forget them.")
+        self.namespaces[digest] = namespace
+        return None
+
+    def statuses(self) -> tuple[LocationStatus, ...]:
+        """How full each location is."""
+        return tuple(
+            LocationStatus(
+                location=location,
+                chunk_count=len(self.inventory.entries.at[location]),
+                nbytes=book.used.nbytes,
+                limit_nbytes=book.limit.nbytes,
+            )
+            for location, book in self.books.items()
+        )
+
+    def can_make_room(self, book: Residencies, need: Room, *, now: float, colder_than: float = inf) -> bool:
+        """Whether `need` is free or evictable. Nothing changes."""
+        return find_victims(book, need, now=now, colder_than=colder_than) is not None
+
+    def make_room(self, book: Residencies, need: Room, *, now: float, colder_than: float = inf) -> bool:
+        """Evict until `need` is free; False, and nothing evicted, when that can't be done."""
+        victims = find_victims(book, need, now=now, colder_than=colder_than)
+        if victims is None:
+            return False
+        for residency in victims:
+            book.remove(residency)
+        if victims:
+            keys = tuple(residency.chunk.key for residency in victims)
+            self._outbox.add(ReleaseChunks(location=book.location, keys=keys, reason=ReleaseReason.EVICTED))
+        return True
+
+    def own_staged(self, book: Residencies, residency: Residency, *, stage: StageId, now: float) -> None:
+        """Bytes that wait in `stage` belong to this instance from now on."""
+        book.own(residency, now)
+        self._outbox.add(AdmitStaged(stage=stage, location=book.location, key=residency.chunk.key))
+
+    def drop_staged(self, book: Residencies, residency: Residency, *, stage: StageId) -> None:
+        """Bytes that wait in `stage`, and the room for them, aren't wanted any more."""
+        book.remove(residency)
+        self._outbox.add(DropStaged(stage=stage, key=residency.chunk.key))
+
+    def free_moved(self, book: Residencies, residency: Residency) -> None:
+        """Another instance owns this chunk now: free it here."""
+        book.remove(residency)
+        self._outbox.add(ReleaseChunks(location=book.location, keys=(residency.chunk.key,), reason=ReleaseReason.MOVED))
+
+    def namespaces_of(self, chunks: tuple[Chunk, ...]) -> tuple[Namespace, ...]:
+        """The namespaces that `chunks` belong to, in order of their first chunk."""
+        digests = dict.fromkeys(chunk.namespace for chunk in chunks)
+        return tuple(self.namespaces[digest] for digest in digests)
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two events."""
+        for book in self.books.values():
+            book.check_invariants()
+            assert all(residency.chunk.namespace in self.namespaces for residency in book)

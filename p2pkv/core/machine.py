@@ -1,0 +1,383 @@
+"""One node's mind: what happened goes in, what to do comes out. No I/O, no clock, no randomness of its own.
+
+It only joins the parts and routes: membership decides who is there, `moves` what becomes of moves, `serving` what engines get,
+`holdings` what is held; the inventory's gossip is done here, since it needs all of them.
+
+The shell owns clock, sockets and memory (`net/driver`); the simulator is another shell (`sims`).
+"""
+
+from collections.abc import Callable
+from math import inf
+from random import Random
+from typing import assert_never
+
+from p2pkv.core import messages
+from p2pkv.core.config import MachineConfig
+from p2pkv.core.directory import Held, Prompt, longest_prefixes
+from p2pkv.core.effects import Effect, Stop
+from p2pkv.core.events import (
+    CancelRequested,
+    ClientId,
+    DialFailed,
+    EngineAttached,
+    EngineLost,
+    Event,
+    EventAsked,
+    FetchEnded,
+    LeaveRequested,
+    LinkLost,
+    LinkOpened,
+    MessageReceived,
+    MoveRequested,
+    ReadEnded,
+    RetrieveRequested,
+    ShardsSealed,
+    SiblingsFound,
+    StoreRequested,
+)
+from p2pkv.core.history import History
+from p2pkv.core.holdings import Holdings
+from p2pkv.core.ids import EventId, InstanceId, LinkId
+from p2pkv.core.inventory import EntrySet, InventoryView
+from p2pkv.core.keys import Identity, TokenBytes, root_key
+from p2pkv.core.membership import Joined, Lost, Membership
+from p2pkv.core.messages import InventoryEntry, Message
+from p2pkv.core.moves.coordinator import Coordinator
+from p2pkv.core.moves.source import SourceMoves
+from p2pkv.core.moves.source_move import LaneGrant
+from p2pkv.core.moves.target import TargetMoves
+from p2pkv.core.outbox import Outbox
+from p2pkv.core.records import EventRecord, MemberRecord, MemberState
+from p2pkv.core.serving import Serving
+from p2pkv.errors import ErrorCode
+
+STATUS_S = 1.0
+"""Each second every peer gets one's own record and how far one's inventory has got."""
+FLUSH_S = 0.02
+"""Inventory changes of this long go out together: far below the 2 s by which all lookups agree."""
+STALL_S = 1.0
+"""A wake-up that comes later than this was held up by this node itself."""
+LEAVE_MARGIN = 0.5
+"""Of `leave_s` for open hand-overs; the rest is for saying goodbye and for the shell to end."""
+
+
+class Machine:
+    """All of a node's decisions."""
+
+    def __init__(self, config: MachineConfig, rng: Random, now: float) -> None:
+        self.config = config
+        self._outbox = Outbox(config.instance)
+        self._holdings = Holdings(config, self._outbox)
+        self._history = History()
+        self._membership = Membership(config, self._outbox, rng, now)
+        parts = (config, self._holdings, self._membership, self._history, self._outbox)
+        self._sources = SourceMoves(*parts, rng)
+        self._targets = TargetMoves(*parts)
+        self._coordinator = Coordinator(config, self._membership, self._history, self._outbox, rng, self._targets)
+        self._serving = Serving(config, self._holdings, self._outbox, self._sources.keep)
+        self._views: dict[InstanceId, InventoryView] = {}
+        self._sent_sequence = 0
+        self._status_at = now
+        self._flush_at = inf
+        self._leave_by = inf
+        self.is_leaving = False
+        self._describe()
+
+    # --- the contract -----------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """One thing happened."""
+        self._dispatch(event, now)
+        return self._settle(now)
+
+    def wakeup_at(self) -> float:
+        """The next deadline; inf when there is none."""
+        return min(
+            self._status_at,
+            self._flush_at,
+            self._leave_by,
+            self._membership.wakeup_at(),
+            self._sources.wakeup_at(),
+            self._targets.wakeup_at(),
+            self._coordinator.wakeup_at(),
+            self._serving.wakeup_at(),
+            self._history.forgets_at(),
+        )
+
+    def wake(self, now: float) -> list[Effect]:
+        """Do what is due."""
+        lag_s = now - self.wakeup_at()
+        if lag_s > STALL_S:
+            self._membership.stalled(lag_s)
+        self._membership.wake(now)
+        self._sources.wake(now)
+        self._targets.wake(now)
+        self._coordinator.wake(now)
+        self._serving.wake(now)
+        self._history.forget_old(now)
+        if now >= self._flush_at:
+            self._flush_inventory()
+        if now >= self._status_at:
+            self._status_at = now + STATUS_S
+            self._send_status()
+        return self._settle(now)
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two events: for simulator, tests and fixtures."""
+        self._holdings.check_invariants()
+        self._sources.check_invariants()
+        self._targets.check_invariants()
+        self._serving.check_invariants()
+        assert not self._outbox.to_self
+
+    def check_at_rest(self, now: float) -> None:
+        """Assert what must hold when no move is open and no engine is at work: nothing is leased, promised, or on its way."""
+        for book in self._holdings.books.values():
+            assert not book.promised
+            for residency in book:
+                assert residency.slot is None and not residency.is_leased(now), f"{residency} isn't at rest"
+
+    # --- questions --------------------------------------------------------------------------------------------------------
+
+    def lookup(self, tokens: TokenBytes, model: str | None, identity: Identity) -> tuple[Held, ...]:
+        """Each position's longest prefix of a prompt, as the view of the cluster has it.
+
+        Args:
+            tokens: Prompt token ids, little-endian int32.
+            model: Only caches of this model; None for any.
+            identity: What the request adds to the namespace.
+
+        Returns:
+            By instance and location; positions that hold nothing are left out.
+        """
+        alive = [record for record in self._membership.records() if record.state is MemberState.ALIVE]
+        namespaces = dict.fromkeys(each for record in alive for each in record.namespaces if model in (None, each.model))
+        prompts = [Prompt(root_key(each, identity), tokens, each.chunk_size) for each in namespaces]
+        inventories = ((record.instance, self._inventory(record.instance)) for record in alive)
+        return longest_prefixes(prompts, [(instance, entries) for instance, entries in inventories if entries is not None])
+
+    def lookup_local(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
+        """Tokens of the longest prefix held here, for an attached engine; it need not end at a chunk's end."""
+        return self._serving.lookup(client, identity, tokens)
+
+    def members(self) -> tuple[MemberRecord, ...]:
+        """All members, oneself included, by name."""
+        return self._membership.records()
+
+    def inventory_of(self, instance: InstanceId) -> tuple[InventoryEntry, ...]:
+        """What an instance holds, as far as is known here, in order of fingerprints; empty for one that isn't known."""
+        entries = self._inventory(instance)
+        return () if entries is None else tuple(sorted(entries, key=lambda each: (each.fingerprint, each.location)))
+
+    def _inventory(self, instance: InstanceId) -> EntrySet | None:
+        if instance == self.config.instance:
+            return self._holdings.inventory.entries
+        view = self._views.get(instance)
+        return None if view is None else view.entries
+
+    def event(self, event_id: EventId) -> EventRecord | None:
+        """An event as it is known here, without asking anyone."""
+        return self._history.get(event_id)
+
+    def events(self) -> tuple[EventRecord, ...]:
+        """All events known here, newest first."""
+        return self._history.newest_first()
+
+    def lane_grant(self, event_id: EventId) -> LaneGrant | None:
+        """What a lane may be given for a move from here; None when there is no such move."""
+        return self._sources.lane_grant(event_id)
+
+    # --- events -----------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, event: Event, now: float) -> None:
+        match event:
+            case SiblingsFound():
+                self._membership.found(event.addresses, now)
+            case LinkOpened():
+                self._membership.link_opened(event.link, event.dialed, now)
+            case DialFailed():
+                self._membership.dial_failed(event.address, now)
+            case LinkLost():
+                self._membership.link_lost(event.link, now)
+            case MessageReceived():
+                self._receive(event.link, event.message, now)
+            case MoveRequested():
+                self._request_move(event, now)
+            case EventAsked():
+                self._coordinator.ask(event, now)
+            case CancelRequested():
+                self._coordinator.cancel(event, now)
+            case LeaveRequested():
+                self._leave(now)
+            case EngineAttached():
+                self._serving.attach(event)
+            case StoreRequested():
+                self._serving.store(event, now)
+            case ShardsSealed():
+                self._serving.sealed(event, now)
+            case RetrieveRequested():
+                self._serving.retrieve(event, now)
+            case ReadEnded():
+                self._serving.read_ended(event)
+            case EngineLost():
+                self._serving.engine_lost(event)
+            case FetchEnded():
+                self._targets.fetch_ended(event, now)
+            case _:
+                assert_never(event)
+
+    def _request_move(self, event: MoveRequested, now: float) -> None:
+        if self.is_leaving:
+            detail = f"Instance {self.config.instance!r} is leaving the cluster; ask another node."
+            self._outbox.refuse(event.request, ErrorCode.LEAVING, detail)
+        else:
+            self._coordinator.move(event, now)
+
+    def _leave(self, now: float) -> None:
+        if not self.is_leaving:
+            self.is_leaving = True
+            self._leave_by = now + self.config.leave_s * LEAVE_MARGIN
+            self._sources.leave(now)
+            self._targets.leave(now)
+
+    # --- messages ---------------------------------------------------------------------------------------------------------
+
+    def _receive(self, link: LinkId, message: Message, now: float) -> None:
+        if not self._membership.heard(link, now):
+            return
+        match message:
+            case messages.Hello():
+                self._membership.hello(link, message, now)
+            case messages.Goodbye():
+                self._membership.goodbye(link, message.failure, now)
+            case messages.Ping():
+                self._membership.ping(link, message)
+            case _:
+                sender = self._membership.instance_of(link)
+                if sender is None:
+                    detail = f"{type(message).__name__} came before Hello."
+                    self._membership.refuse(link, ErrorCode.PROTOCOL_ERROR, detail, now)
+                else:
+                    self._receive_from(sender, message, now)
+
+    def _receive_from(self, sender: InstanceId, message: Message, now: float) -> None:
+        """A message from a member, or from oneself."""
+        match message:
+            case messages.Pong():
+                self._membership.pong(sender, message, now)
+            case messages.Members():
+                self._membership.members(message, now)
+            case messages.Leaving():
+                self._membership.leaving(sender, message, now)
+            case messages.Status():
+                self._membership.status(sender, message)
+                self._catch_up(sender, lambda view: view.lags(message))
+            case messages.InventoryRequest():
+                for part in self._holdings.inventory.since(message.generation, message.sequence):
+                    self._outbox.send(sender, part)
+            case messages.InventoryDelta():
+                self._catch_up(sender, lambda view: None if view.apply_delta(message) else view.request())
+            case messages.InventoryPage():
+                if sender in self._views:
+                    self._views[sender].apply_page(message)
+            case messages.PlanRequest():
+                self._sources.plan(message, sender, now)
+            case messages.ManifestRequest():
+                self._sources.page(message, sender)
+            case messages.FetchReport():
+                self._sources.report(message, sender, now)
+            case messages.TakeAnswer():
+                self._sources.taken(message, sender, now)
+            case messages.CancelRequest():
+                record = self._sources.cancel(message.event_id, now)
+                self._outbox.send(sender, messages.EventReport(event_id=message.event_id, event=record))
+            case messages.Offer():
+                self._targets.offer(message, sender, now)
+            case messages.ManifestPage():
+                self._targets.page(message, sender, now)
+            case messages.Take():
+                self._targets.take(message, sender, now)
+            case messages.PlanAnswer():
+                self._coordinator.planned(message, sender, now)
+            case messages.EventRequest():
+                record = self._history.get(message.event_id)
+                self._outbox.send(sender, messages.EventReport(event_id=message.event_id, event=record))
+            case messages.EventReport():
+                self._coordinator.reported(message, sender, now)
+                self._targets.closed(message.event, message.event_id, sender, now)
+            case messages.Hello() | messages.Goodbye() | messages.Ping():
+                raise AssertionError("handled before the sender is looked up")
+            case _:
+                assert_never(message)
+
+    # --- inventory --------------------------------------------------------------------------------------------------------
+
+    def _catch_up(self, sender: InstanceId, step: Callable[[InventoryView], messages.InventoryRequest | None]) -> None:
+        view = self._views.get(sender)
+        if view is not None and (request := step(view)) is not None:
+            self._outbox.send(sender, request)
+
+    def _flush_inventory(self) -> None:
+        self._flush_at = inf
+        inventory = self._holdings.inventory
+        for part in inventory.since(inventory.generation, self._sent_sequence):
+            for instance in self._membership.linked():
+                self._outbox.send(instance, part)
+        self._sent_sequence = inventory.sequence
+
+    def _status(self) -> messages.Status:
+        inventory = self._holdings.inventory
+        return messages.Status(
+            me=self._membership.me,
+            sequence=inventory.sequence,
+            entry_count=len(inventory.entries),
+            entry_sum=inventory.entries.sum,
+        )
+
+    def _send_status(self) -> None:
+        self._describe()
+        status = self._status()
+        for instance in self._membership.linked():
+            self._outbox.send(instance, status)
+
+    def _describe(self) -> None:
+        self._membership.describe(tuple(self._holdings.namespaces.values()), self._holdings.statuses())
+
+    # --- after each event -------------------------------------------------------------------------------------------------
+
+    def _settle(self, now: float) -> list[Effect]:
+        """Follow up on what the event led to, until nothing is left to follow."""
+        while self._outbox.to_self or self._membership.news:
+            if self._membership.news:
+                self._follow(self._membership.news.popleft(), now)
+            else:
+                self._receive_from(self.config.instance, self._outbox.to_self.popleft(), now)
+        if self._holdings.inventory.sequence != self._sent_sequence and self._flush_at == inf:
+            self._flush_at = now + FLUSH_S
+        if len(self._holdings.namespaces) != len(self._membership.me.namespaces):
+            self._send_status()
+        if self._leave_by < inf and (now >= self._leave_by or not self._sources.has_open):
+            self._stop(now)
+        return self._outbox.take_effects()
+
+    def _follow(self, news: Joined | Lost, now: float) -> None:
+        match news:
+            case Joined():
+                record = self._membership.record_of(news.instance)
+                view = self._views.get(news.instance)
+                if record is not None and (view is None or view.generation != record.generation):
+                    self._views[news.instance] = view = InventoryView(record.generation)
+                if view is not None:
+                    self._outbox.send(news.instance, view.request())
+            case Lost():
+                self._sources.target_lost(news.instance, now)
+                self._targets.source_lost(news.instance, now)
+            case _:
+                assert_never(news)
+
+    def _stop(self, now: float) -> None:
+        """What could be finished is: say goodbye."""
+        self._leave_by = inf
+        self._sources.give_up(now)
+        self._membership.leave()
+        self._outbox.add(Stop(None))

@@ -1,0 +1,399 @@
+"""Who is in the cluster: plain membership over persistent links, a full mesh.
+
+    Every link begins with a `Hello` from both ends. Only an instance that has said Hello itself is a member; members that others
+    tell of are only addresses to dial.
+    A member without a link is redialed by both ends. It is dead when three redials have failed or `DEAD_AFTER_S` have passed,
+    and dialed on, seldom, for `REMEMBER_S`: a Hello brings it back.
+    A newer generation replaces an older one at once. A name whose holder still answers is refused to a newcomer.
+    Two links to one instance (both ends dialed): the one that the lower name dialed stays; both ends decide alike.
+
+This is the seam where SWIM comes in: everything else asks `record_of`, `linked`, `records`, and reads `news`.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import inf
+from random import Random
+
+from p2pkv.core.config import MachineConfig
+from p2pkv.core.dials import Dials
+from p2pkv.core.effects import CloseLink, MemberChanged, Stop
+from p2pkv.core.ids import Address, InstanceId, LinkId
+from p2pkv.core.keys import Namespace
+from p2pkv.core.messages import (
+    MEMBERS_MAX,
+    PROTOCOL_VERSION,
+    Goodbye,
+    Hello,
+    Leaving,
+    Members,
+    Ping,
+    Pong,
+    Status,
+)
+from p2pkv.core.outbox import Outbox
+from p2pkv.core.records import LocationStatus, MemberRecord, MemberState
+from p2pkv.errors import ErrorCode, Failure
+
+HANDSHAKE_S = 2.0
+"""From a link's opening to its Hello; a loopback round trip takes 1 ms, a stall of a busy Python process 0.5 s."""
+SILENT_S = 5.0
+"""A peer sends a Status each second; after five are missing its link is closed and redialed."""
+DEAD_AFTER_S = 3.0
+"""With `SILENT_S`'s redial deadline of 2 s inside it: a closed link means dead within 5 s."""
+DEAD_AFTER_DIALS = 3
+REMEMBER_S = 900.0
+"""A dead member is shown and dialed for 15 minutes (quickwit's chitchat keeps its dead as long)."""
+CHALLENGE_S = 1.0
+"""For the holder of a name to answer, before a newcomer of the same name gets it."""
+JOINING_S = 10.0
+"""A node obeys `instance_id_in_use` in its first seconds only: later, a confused peer can't stop it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """An instance is linked: for the first time, again, or as another boot of itself."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An instance died, left, or gave way to another boot of itself."""
+
+    instance: InstanceId
+
+
+@dataclass(slots=True)
+class _Link:
+    link: LinkId
+    dialed: Address | None
+    opened_at: float
+    heard_at: float
+    instance: InstanceId | None = None
+    challenge: Hello | None = None
+    challenged_until: float = inf
+
+
+@dataclass(slots=True)
+class _Member:
+    record: MemberRecord
+    link: LinkId | None
+    lost_at: float = inf
+    failed_dials: int = 0
+
+
+class Membership:
+    """This instance, its links, and the members it knows."""
+
+    def __init__(self, config: MachineConfig, outbox: Outbox, rng: Random, now: float) -> None:
+        self.news: deque[Joined | Lost] = deque()
+        self.me = MemberRecord(
+            instance=config.instance,
+            generation=config.generation,
+            incarnation=0,
+            state=MemberState.ALIVE,
+            ws=config.ws,
+            http=config.http,
+            transfer=config.transfer,
+            lane=config.lane,
+            zone=config.zone,
+            namespaces=(),
+            locations=(),
+        )
+        self._cluster = config.cluster
+        self._outbox = outbox
+        self._dials = Dials(outbox, rng, config.ws)
+        self._links: dict[LinkId, _Link] = {}
+        self._members: dict[InstanceId, _Member] = {}
+        self._started_at = now
+
+    # --- questions --------------------------------------------------------------------------------------------------------
+
+    def record_of(self, instance: InstanceId) -> MemberRecord | None:
+        """What is known of an instance, oneself included."""
+        if instance == self.me.instance:
+            return self.me
+        member = self._members.get(instance)
+        return None if member is None else member.record
+
+    def records(self) -> tuple[MemberRecord, ...]:
+        """All members, oneself included, by name."""
+        records = [self.me, *(member.record for member in self._members.values())]
+        return tuple(sorted(records, key=lambda record: record.instance))
+
+    def instance_of(self, link: LinkId) -> InstanceId | None:
+        """Who is at the other end of a link; None before its Hello."""
+        known = self._links.get(link)
+        return None if known is None else known.instance
+
+    def linked(self) -> list[InstanceId]:
+        """Instances that a message can be sent to now."""
+        return list(self._outbox.links)
+
+    # --- oneself ----------------------------------------------------------------------------------------------------------
+
+    def describe(self, namespaces: tuple[Namespace, ...], locations: tuple[LocationStatus, ...]) -> None:
+        """Say what this instance serves and holds; a change is a new incarnation of its record."""
+        if (namespaces, locations) != (self.me.namespaces, self.me.locations):
+            incarnation = self.me.incarnation + 1
+            self.me = replace(self.me, incarnation=incarnation, namespaces=namespaces, locations=locations)
+
+    def leave(self) -> None:
+        """Tell everyone that this instance leaves, and close all links."""
+        self.me = replace(self.me, state=MemberState.LEFT)
+        for instance in self.linked():
+            self._outbox.send(instance, Leaving(generation=self.me.generation))
+        for link in self._links:
+            self._outbox.add(CloseLink(link=link, reason="this node leaves"))
+
+    # --- links ------------------------------------------------------------------------------------------------------------
+
+    def found(self, addresses: Iterable[Address], now: float) -> None:
+        """Addresses to join through, from the configuration or from this host."""
+        for address in addresses:
+            self._dials.add(address, is_contact=True, now=now)
+
+    def link_opened(self, link: LinkId, dialed: Address | None, now: float) -> None:
+        """A websocket is open: introduce oneself."""
+        self._links[link] = _Link(link=link, dialed=dialed, opened_at=now, heard_at=now)
+        known = tuple(member.record for member in self._members.values() if member.record.state is MemberState.ALIVE)
+        hello = Hello(versions=(PROTOCOL_VERSION,), cluster=self._cluster, me=self.me, members=known[:MEMBERS_MAX])
+        self._outbox.send_on(link, hello)
+
+    def dial_failed(self, address: Address, now: float) -> None:
+        """Nobody answered at `address`."""
+        self._dials.failed(address, now)
+        for member in self._members.values():
+            if member.record.ws == address and member.link is None:
+                member.failed_dials += 1
+
+    def link_lost(self, link: LinkId, now: float) -> None:
+        """A link is gone. Its member, if it has no other, is redialed at once."""
+        lost = self._links.pop(link, None)
+        if lost is None:
+            return
+        if lost.dialed is not None:
+            self._dials.closed(lost.dialed, now)
+        self._unlink(lost, now)
+
+    def _unlink(self, lost: _Link, now: float) -> None:
+        member = self._members.get(lost.instance) if lost.instance is not None else None
+        if lost.instance is None or member is None or member.link != lost.link:
+            return
+        member.link = None
+        del self._outbox.links[lost.instance]
+        if member.record.state is MemberState.ALIVE:
+            member.lost_at = now
+            member.failed_dials = 0
+            self._dials.add(member.record.ws, is_contact=False, now=now)
+        self._challenge_over(lost.instance, now)
+
+    def stalled(self, lag_s: float) -> None:
+        """This node itself stood still for `lag_s`: nobody else's silence is held against them for that time."""
+        for link in self._links.values():
+            link.opened_at += lag_s
+            link.heard_at += lag_s
+        for member in self._members.values():
+            member.lost_at += lag_s
+
+    def heard(self, link: LinkId, now: float) -> bool:
+        """Something came in on a link; False when that link is forgotten already."""
+        known = self._links.get(link)
+        if known is not None:
+            known.heard_at = now
+        return known is not None
+
+    def refuse(self, link: LinkId, code: ErrorCode, detail: str, now: float) -> None:
+        """Say why, and close the link: who is behind it is of no use to us, or broke the protocol."""
+        self._outbox.send_on(link, Goodbye(failure=Failure(code, detail)))
+        self._drop(link, detail, now)
+
+    def _drop(self, link: LinkId, reason: str, now: float) -> None:
+        """Close a link and forget it at once; its `LinkLost` is no news any more."""
+        self._outbox.add(CloseLink(link=link, reason=reason))
+        dropped = self._links.pop(link)
+        if dropped.dialed is not None:
+            self._dials.failed(dropped.dialed, now)
+        self._unlink(dropped, now)
+
+    # --- messages ---------------------------------------------------------------------------------------------------------
+
+    def hello(self, link: LinkId, hello: Hello, now: float) -> None:
+        """The other end introduces itself."""
+        peer = self._links[link]
+        if peer.instance is not None or peer.challenge is not None:
+            self.refuse(link, ErrorCode.PROTOCOL_ERROR, "A second Hello on one link.", now)
+        elif PROTOCOL_VERSION not in hello.versions:
+            detail = f"You speak protocol versions {hello.versions}, {self.me.instance!r} speaks {PROTOCOL_VERSION}."
+            self.refuse(link, ErrorCode.PROTOCOL_ERROR, detail, now)
+        elif hello.cluster != self._cluster:
+            detail = f"You belong to cluster {hello.cluster!r}, {self.me.instance!r} to {self._cluster!r}."
+            self.refuse(link, ErrorCode.PROTOCOL_ERROR, detail, now)
+        elif hello.me.instance == self.me.instance:
+            self._met_own_name(peer, hello, now)
+        elif len(self._members) >= MEMBERS_MAX and hello.me.instance not in self._members:
+            self.refuse(link, ErrorCode.PROTOCOL_ERROR, f"This cluster has {MEMBERS_MAX} members already.", now)
+        else:
+            self._met(peer, hello, now)
+
+    def _met_own_name(self, peer: _Link, hello: Hello, now: float) -> None:
+        if hello.me.generation == self.me.generation:
+            if peer.dialed is not None:
+                self._dials.is_own(peer.dialed)
+            self._drop(peer.link, "it is this node itself", now)
+        elif hello.me.generation > self.me.generation:
+            self._refuse_name(peer.link, hello, now)
+
+    def _refuse_name(self, link: LinkId, hello: Hello, now: float) -> None:
+        detail = f"An instance named {hello.me.instance!r} is alive in cluster {self._cluster!r}. Choose another name, or stop it."
+        self.refuse(link, ErrorCode.INSTANCE_ID_IN_USE, detail, now)
+
+    def _met(self, peer: _Link, hello: Hello, now: float) -> None:
+        member = self._members.get(hello.me.instance)
+        if member is not None and hello.me.generation < member.record.generation:
+            self._refuse_name(peer.link, hello, now)
+        elif member is not None and hello.me.generation > member.record.generation and member.link is not None:
+            peer.challenge, peer.challenged_until = hello, now + CHALLENGE_S
+            self._outbox.send_on(member.link, Ping(nonce=peer.link))
+        else:
+            self._accept(peer, hello, now)
+
+    def _accept(self, peer: _Link, hello: Hello, now: float) -> None:
+        record = replace(hello.me, state=MemberState.ALIVE)
+        known = self._members.get(record.instance)
+        if known is not None and known.record.generation != record.generation:
+            self._lose(known, now)
+            known = None
+        if known is not None and known.link is not None and not self._supersedes(peer, self._links[known.link]):
+            self._reached(peer, record)
+            self._drop(peer.link, "another link to the same instance serves", now)
+            return
+        is_news = known is None or known.record.state is not MemberState.ALIVE
+        old_link = None if known is None else known.link
+        peer.instance = record.instance
+        self._members[record.instance] = _Member(record=record, link=peer.link)
+        self._outbox.links[record.instance] = peer.link
+        self._reached(peer, record)
+        if old_link is not None:
+            self._drop(old_link, "another link to the same instance serves", now)
+        for other in hello.members:
+            self._learn(other, now)
+        self.news.append(Joined(record.instance))
+        if is_news:
+            self._outbox.add(MemberChanged(record))
+            for instance in self.linked():
+                if instance != record.instance:
+                    self._outbox.send(instance, Members(members=(record,)))
+
+    def _reached(self, peer: _Link, record: MemberRecord) -> None:
+        for address in (peer.dialed, record.ws):
+            if address is not None:
+                self._dials.reached(address, record.instance)
+
+    def _supersedes(self, new: _Link, old: _Link) -> bool:
+        """Whether, of two links to one instance, the new one stays: that dialed by the lower name; of one dialer's, the later."""
+        lower_is_me = new.instance is None and self.me.instance < (old.instance or "")
+        dialed_by_lower = (new.dialed is not None) == lower_is_me
+        return dialed_by_lower or (new.dialed is None) == (old.dialed is None)
+
+    def _learn(self, record: MemberRecord, now: float) -> None:
+        """Somebody tells of a member: an address to dial, no more."""
+        known = self._members.get(record.instance)
+        if record.instance != self.me.instance and (known is None or record.generation > known.record.generation):
+            self._dials.add(record.ws, is_contact=False, now=now)
+
+    def members(self, message: Members, now: float) -> None:
+        """A peer tells of others."""
+        for record in message.members:
+            self._learn(record, now)
+
+    def status(self, instance: InstanceId, status: Status) -> None:
+        """A member describes itself anew."""
+        member = self._members[instance]
+        known, told = member.record, status.me
+        if (told.instance, told.generation) == (known.instance, known.generation) and told.incarnation > known.incarnation:
+            member.record = replace(told, state=known.state)
+
+    def leaving(self, instance: InstanceId, message: Leaving, now: float) -> None:
+        """A member says that it leaves."""
+        member = self._members[instance]
+        if message.generation == member.record.generation:
+            self._end(member, MemberState.LEFT, now)
+
+    def goodbye(self, link: LinkId, failure: Failure, now: float) -> None:
+        """The other end refuses us. In our first seconds a name in use is a reason to stop."""
+        if failure.code is ErrorCode.INSTANCE_ID_IN_USE and now - self._started_at < JOINING_S:
+            self._outbox.add(Stop(failure))
+        self._drop(link, f"the peer refused: {failure.detail}", now)
+
+    def ping(self, link: LinkId, message: Ping) -> None:
+        """Answer it."""
+        self._outbox.send_on(link, Pong(nonce=message.nonce))
+
+    def pong(self, instance: InstanceId, message: Pong, now: float) -> None:
+        """The holder of a name answers: the newcomer that asked for it is refused."""
+        newcomer = self._links.get(message.nonce)
+        if newcomer is not None and newcomer.challenge is not None and newcomer.challenge.me.instance == instance:
+            self._refuse_name(newcomer.link, newcomer.challenge, now)
+
+    # --- time -------------------------------------------------------------------------------------------------------------
+
+    def wakeup_at(self) -> float:
+        """When `wake` has something to do."""
+        links = (
+            min(link.challenged_until, link.heard_at + SILENT_S if link.instance else link.opened_at + HANDSHAKE_S)
+            for link in self._links.values()
+        )
+        members = (self._due_at(member) for member in self._members.values())
+        return min(self._dials.wakeup_at(), min(links, default=inf), min(members, default=inf))
+
+    def _due_at(self, member: _Member) -> float:
+        if member.record.state is not MemberState.ALIVE:
+            return member.lost_at + REMEMBER_S
+        if member.link is not None:
+            return inf
+        return member.lost_at + (0.0 if member.failed_dials >= DEAD_AFTER_DIALS else DEAD_AFTER_S)
+
+    def wake(self, now: float) -> None:
+        """Dial what is due, close what is silent, declare dead what can't be reached."""
+        for link in list(self._links.values()):
+            if link.challenge is not None and now >= link.challenged_until:
+                self._challenge_won(link, now)
+            elif link.instance is None and link.challenge is None and now >= link.opened_at + HANDSHAKE_S:
+                self._drop(link.link, f"no Hello within {HANDSHAKE_S:g} s", now)
+            elif link.instance is not None and now >= link.heard_at + SILENT_S:
+                self._drop(link.link, f"silent for {SILENT_S:g} s", now)
+        for instance, member in list(self._members.items()):
+            if now >= self._due_at(member):
+                if member.record.state is MemberState.ALIVE:
+                    self._end(member, MemberState.DEAD, now)
+                else:
+                    self._dials.forget(member.record.ws)
+                    del self._members[instance]
+        self._dials.wake(now)
+
+    def _challenge_over(self, instance: InstanceId, now: float) -> None:
+        """The link of a name's holder is gone: a newcomer that waits for the name gets it."""
+        for link in list(self._links.values()):
+            if link.challenge is not None and link.challenge.me.instance == instance:
+                self._challenge_won(link, now)
+
+    def _challenge_won(self, link: _Link, now: float) -> None:
+        hello, link.challenge, link.challenged_until = link.challenge, None, inf
+        if hello is not None:
+            self._accept(link, hello, now)
+
+    def _end(self, member: _Member, state: MemberState, now: float) -> None:
+        member.record = replace(member.record, state=state)
+        self._outbox.add(MemberChanged(member.record))
+        self._lose(member, now)
+        member.lost_at = now
+        if state is MemberState.LEFT:
+            self._dials.forget(member.record.ws)
+
+    def _lose(self, member: _Member, now: float) -> None:
+        if member.link is not None:
+            self._drop(member.link, f"{member.record.instance!r} is gone", now)
+        self.news.append(Lost(member.record.instance))

@@ -1,0 +1,296 @@
+"""What one node says to another. `wire/codec` turns these into msgpack and back, and refuses what doesn't fit the types.
+
+Any of them may be lost, repeated, late, or a lie: `machine` and the parts below it decide what that means.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le, Len
+
+from p2pkv.core.chunks import Chunk
+from p2pkv.core.ids import EventId, Generation, InstanceId, Location, Position
+from p2pkv.core.keys import ChunkKey, Fingerprint, Identity, Namespace, TokenBytes
+from p2pkv.core.records import Count, EventRecord, Lane, MemberRecord, Operation, Selection
+from p2pkv.errors import Failure
+
+PROTOCOL_VERSION = 1
+MANIFEST_PAGE_CHUNKS = 64
+"""About 70 KiB a page: 64 times 1 KiB of tokens. A websocket in Python masks that in 2 ms."""
+TAKE_BATCH_KEYS = 1024
+INVENTORY_PAGE_ENTRIES = 2048
+MEMBERS_MAX = 1024
+
+Nonce = Annotated[int, Ge(0), Le(2**64 - 1)]
+Ticket = Annotated[bytes, Len(32, 32)]
+
+
+# --- membership -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message on a link, from both ends: who I am, and whom I know."""
+
+    versions: Annotated[tuple[int, ...], Len(1, 16)]
+    cluster: InstanceId
+    me: MemberRecord
+    members: Annotated[tuple[MemberRecord, ...], Len(0, MEMBERS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The last message on a link: why it closes."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """I am leaving the cluster for good; my chunks leave with me."""
+
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Members that I have learned of since our handshake."""
+
+    members: Annotated[tuple[MemberRecord, ...], Len(0, MEMBERS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """My own record as it is now, and how far my inventory has got: sent to every peer each second, and when it changes.
+
+    `entry_count` and `entry_sum` (fingerprints with their locations, added modulo 2**64) are at `sequence`: a view that
+    has the same sequence but other figures is wrong and asks for a snapshot.
+    """
+
+    me: MemberRecord
+    sequence: Count
+    entry_count: Count
+    entry_sum: Annotated[int, Ge(0), Le(2**64 - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Are you there?"""
+
+    nonce: Nonce
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """I am."""
+
+    nonce: Nonce
+
+
+# --- inventory ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryEntry:
+    """One chunk that its holder has (or, in a delta, has no longer)."""
+
+    fingerprint: Fingerprint
+    location: Location
+    token_count: Annotated[int, Ge(1), Le(65536)]
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryChange:
+    """One step of an inventory log: the entry came (`present`) or went."""
+
+    present: bool
+    entry: InventoryEntry
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryRequest:
+    """Send me your inventory after `sequence` of `generation`; from the beginning when that isn't yours or is too old."""
+
+    generation: Generation
+    sequence: Count
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryDelta:
+    """The changes `first_sequence`, `first_sequence + 1`, ... of my log."""
+
+    generation: Generation
+    first_sequence: Annotated[int, Ge(1)]
+    changes: Annotated[tuple[InventoryChange, ...], Len(1, INVENTORY_PAGE_ENTRIES)]
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryPage:
+    """One page of all that I held at `sequence`. The pages of one sequence make a snapshot."""
+
+    generation: Generation
+    sequence: Count
+    page_index: Count
+    page_count: Annotated[int, Ge(1)]
+    entries: Annotated[tuple[InventoryEntry, ...], Len(0, INVENTORY_PAGE_ENTRIES)]
+
+
+# --- moves ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """Coordinator to source: make this move. A repeat of an `event_id` is answered like the first."""
+
+    event_id: EventId
+    old_position: Position
+    new_position: Position
+    operation: Operation
+    selection: Selection
+    tokens: TokenBytes
+    identity: Identity
+    model: Annotated[str, Len(1, 512)] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanAnswer:
+    """Source to coordinator: the event, or why there is none."""
+
+    event_id: EventId
+    event: EventRecord | None
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Source to target: fetch these chunks from me.
+
+    Attributes:
+        event_id: Of the move.
+        source_generation: The source's boot; a later one knows nothing of this move.
+        target_generation: The target's boot as the source knows it; another one refuses.
+        operation: Move or copy.
+        old_position: Where the chunks are.
+        new_position: Where they shall be.
+        namespaces: All that the manifest's chunks belong to.
+        ticket: Secret that opens the transfer lane for this move.
+        chunk_count: Chunks in the whole manifest.
+        num_tokens: Of the move, as its event says.
+        charged_nbytes: What the whole manifest counts against a limit.
+        idle_s: Seconds since the source last used any of them; only what is colder may be evicted for them.
+        deadline_s: Seconds from now until the move ends whatever happens.
+        chunks: The manifest's first page, prefix first.
+    """
+
+    event_id: EventId
+    source_generation: Generation
+    target_generation: Generation
+    operation: Operation
+    old_position: Position
+    new_position: Position
+    namespaces: Annotated[tuple[Namespace, ...], Len(0, 64)]
+    ticket: Ticket
+    chunk_count: Count
+    num_tokens: Count
+    charged_nbytes: Count
+    idle_s: Annotated[float, Ge(0)]
+    deadline_s: Annotated[float, Ge(0)]
+    chunks: Annotated[tuple[Chunk, ...], Len(0, MANIFEST_PAGE_CHUNKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRequest:
+    """Target to source: the page of the manifest that begins at chunk `first_index`."""
+
+    event_id: EventId
+    first_index: Count
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPage:
+    """Source to target: chunks `first_index`, `first_index + 1`, ... of the manifest."""
+
+    event_id: EventId
+    first_index: Count
+    chunks: Annotated[tuple[Chunk, ...], Len(1, MANIFEST_PAGE_CHUNKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReport:
+    """Target to source, each second and at each change: how far I have got. It renews the move's leases.
+
+    Attributes:
+        event_id: Of the move.
+        is_complete: All that I can fetch is here and verified.
+        fetched_count: Chunks that came over the lane.
+        already_there_count: Chunks that I held before.
+        failed_count: Chunks that I can't get, known when complete.
+        nbytes: Payload bytes that came over the lane.
+        lane: What carried them; None when nothing was.
+        failure: Why some failed; with nothing fetched, why I refuse.
+    """
+
+    event_id: EventId
+    is_complete: bool
+    fetched_count: Count
+    already_there_count: Count
+    failed_count: Count
+    nbytes: Count
+    lane: Lane | None
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Source to target: own these, suffix first. The source frees `released` on the answer and keeps `shared`.
+
+    A repeat of an attempt is answered like the first.
+    """
+
+    event_id: EventId
+    attempt: Annotated[int, Ge(1)]
+    source_generation: Generation
+    target_generation: Generation
+    released: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
+    shared: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeAnswer:
+    """Target to source: what I own now of that attempt (`taken`: fetched by this move; `already_there`), and what is `gone`."""
+
+    event_id: EventId
+    attempt: Annotated[int, Ge(1)]
+    taken: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
+    already_there: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
+    gone: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """To the source: end this move if no chunk has been handed over yet. Answered with an `EventReport`."""
+
+    event_id: EventId
+
+
+@dataclass(frozen=True, slots=True)
+class EventRequest:
+    """What is known of this event? Answered with an `EventReport`."""
+
+    event_id: EventId
+
+
+@dataclass(frozen=True, slots=True)
+class EventReport:
+    """An event as the sender knows it; None when it knows none of that id."""
+
+    event_id: EventId
+    event: EventRecord | None
+
+
+MembershipMessage = Hello | Goodbye | Leaving | Members | Status | Ping | Pong
+InventoryMessage = InventoryRequest | InventoryDelta | InventoryPage
+SourceMessage = PlanRequest | ManifestRequest | FetchReport | TakeAnswer | CancelRequest
+TargetMessage = Offer | ManifestPage | Take
+CoordinatorMessage = PlanAnswer | EventRequest | EventReport
+Message = MembershipMessage | InventoryMessage | SourceMessage | TargetMessage | CoordinatorMessage

@@ -1,0 +1,135 @@
+"""Room and bytes for a target's moves: promise room, fetch batch by batch, keep what came out of sight until it is owned.
+
+Room for all that is missing is promised before a byte moves. Eviction happens batch by batch, and only of what is colder than
+what comes. What was fetched is `Incoming` and verified: counted, but nobody's, until it is owned or dropped.
+"""
+
+from p2pkv.core.chunks import Chunk
+from p2pkv.core.config import MachineConfig
+from p2pkv.core.effects import FetchChunks
+from p2pkv.core.events import FetchEnded
+from p2pkv.core.holdings import Holdings
+from p2pkv.core.membership import Membership
+from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.outbox import Outbox
+from p2pkv.core.residency import NO_ROOM, Incoming, Residencies, Residency, Room, room_of
+from p2pkv.errors import ErrorCode, Failure
+
+BATCH_DESCRIPTORS = 240
+"""Shards of one fetch: a message carries at most 253 descriptors (`man 7 unix`, SCM_MAX_FD)."""
+
+
+class Fetching:
+    """Promises, fetches and keeps bytes for moves."""
+
+    def __init__(self, config: MachineConfig, holdings: Holdings, membership: Membership, outbox: Outbox) -> None:
+        self._me = config.instance
+        self._holdings = holdings
+        self._membership = membership
+        self._outbox = outbox
+
+    def book(self, move: TargetMove) -> Residencies:
+        """The book of the move's new position."""
+        return self._holdings.books[move.offer.new_position.location]
+
+    def promise(self, move: TargetMove, now: float) -> Failure | None:
+        """Promise room for all that is missing, and lease what is here; the failure says why there is none."""
+        book = self.book(move)
+        pending, present = [], []
+        for chunk in move.manifest.values():
+            residency = book.get(chunk.key)
+            if residency is None:
+                pending.append(chunk)
+            elif residency.slot is None:
+                residency.leases[move.event_id] = move.deadline
+                present.append(chunk.key)
+        need = sum((room_of(chunk) for chunk in pending), NO_ROOM)
+        if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
+            self.release_leases(move)
+            return self._no_room(need, book)
+        move.pending, move.present = pending, dict.fromkeys(present)
+        book.promised[move.event_id] = need
+        return None
+
+    def _no_room(self, need: Room, book: Residencies) -> Failure:
+        detail = (
+            f"{book.location.value} of {self._me!r} has no room for {need.nbytes} bytes in {need.descriptors} shards: "
+            f"{book.used.nbytes} of {book.limit.nbytes} bytes are used, and too little of that is colder than what would come."
+        )
+        return Failure(ErrorCode.STORE_FULL, detail)
+
+    def fetch_next(self, move: TargetMove, now: float) -> bool:
+        """Fetch the next batch; False when there is nothing (more) to fetch, `move.problem` saying why if that is a failure."""
+        book = self.book(move)
+        batch: list[Chunk] = []
+        need = NO_ROOM
+        while move.pending and (not batch or need.descriptors + len(move.pending[0].shard_nbytes) <= BATCH_DESCRIPTORS):
+            chunk = move.pending.pop(0)
+            if book.get(chunk.key) is None:
+                batch.append(chunk)
+                need += room_of(chunk)
+        book.promised[move.event_id] = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
+        if not batch:
+            return False
+        source = self._membership.record_of(move.source)
+        if source is None or source.lane is None:
+            detail = f"{move.source!r} and {self._me!r} share no lane: this version needs both on one host, run by one user."
+            move.problem = Failure(ErrorCode.TRANSFER_FAILED, detail)
+        elif not self._holdings.make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
+            move.problem = self._no_room(need, book)
+        else:
+            for chunk in batch:
+                book.enter(chunk, Incoming(move.event_id), now)
+            move.is_fetching = True
+            fetch = FetchChunks(
+                event_id=move.event_id,
+                source=move.source,
+                lane=source.lane,
+                ticket=move.offer.ticket,
+                chunks=tuple(batch),
+            )
+            self._outbox.add(fetch)
+            return True
+        move.pending.clear()
+        return False
+
+    def ended(self, move: TargetMove, event: FetchEnded) -> None:
+        """A fetch is over: what came is verified and staged, what didn't is struck out."""
+        move.is_fetching = False
+        fetched = dict.fromkeys(event.fetched)
+        for residency in self._incoming(move, is_verified=False):
+            chunk = residency.chunk
+            if chunk.key in fetched:
+                residency.slot = Incoming(move.event_id, is_verified=True)
+                residency.leases[move.event_id] = move.deadline
+                move.fetched[chunk.key] = None
+                move.nbytes += sum(chunk.shard_nbytes)
+            else:
+                self.book(move).remove(residency)
+        if event.failure is not None:
+            move.problem = event.failure
+            move.pending.clear()
+
+    def own_fetched(self, move: TargetMove, now: float) -> None:
+        """Own all that was fetched and isn't owned yet; suffixes first, so that prefixes are the last to be evicted."""
+        for residency in reversed(self._incoming(move, is_verified=True)):
+            self._holdings.own_staged(self.book(move), residency, stage=move.event_id, now=now)
+
+    def drop_fetched(self, move: TargetMove) -> None:
+        """Free all that was fetched and isn't owned."""
+        for residency in self._incoming(move, is_verified=True):
+            self._holdings.drop_staged(self.book(move), residency, stage=move.event_id)
+
+    def release_leases(self, move: TargetMove) -> None:
+        """The move needs neither room nor what was here before."""
+        book = self.book(move)
+        book.promised.pop(move.event_id, None)
+        for key in move.manifest:
+            residency = book.get(key)
+            if residency is not None:
+                residency.leases.pop(move.event_id, None)
+
+    def _incoming(self, move: TargetMove, *, is_verified: bool) -> list[Residency]:
+        slot = Incoming(move.event_id, is_verified)
+        found = (self.book(move).get(key) for key in move.manifest)
+        return [residency for residency in found if residency is not None and residency.slot == slot]

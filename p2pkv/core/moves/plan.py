@@ -1,0 +1,86 @@
+"""The first step of a move, at its source: may it be made, and which chunks does it take?"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from p2pkv.core.chunks import Chunk
+from p2pkv.core.ids import Location, Position
+from p2pkv.core.keys import Namespace, root_key
+from p2pkv.core.messages import PlanRequest
+from p2pkv.core.records import MemberRecord, MemberState, Selection
+from p2pkv.core.residency import Residencies, Residency
+from p2pkv.errors import ErrorCode, Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a move takes, prefix first.
+
+    Attributes:
+        residencies: At the source.
+        num_tokens: Length of the prefix; with `Selection.ALL`, tokens of all chunks together.
+    """
+
+    residencies: tuple[Residency, ...]
+    num_tokens: int
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What the target is told."""
+        return tuple(residency.chunk for residency in self.residencies)
+
+
+def target_problem(target: MemberRecord | None, position: Position) -> Failure | None:
+    """Why nothing can be moved to `position`, given what is known of its instance; None when it can."""
+    if target is None:
+        detail = f"No instance {position.instance!r} is known in this cluster. `p2pkv members` lists those that are."
+        return Failure(ErrorCode.UNKNOWN_INSTANCE, detail)
+    if target.state is not MemberState.ALIVE:
+        detail = f"Instance {position.instance!r} is {target.state.value}. Start it again, or name another."
+        return Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
+    locations = [status.location for status in target.locations]
+    if position.location not in locations:
+        return unknown_location(position, locations)
+    return None
+
+
+def unknown_location(position: Position, known: Iterable[Location]) -> Failure:
+    """The failure that says what locations `position`'s instance has instead."""
+    names = ", ".join(location.value for location in known)
+    return Failure(ErrorCode.UNKNOWN_LOCATION, f"Instance {position.instance!r} has no location {position.location.value!r}; it has {names}.")
+
+
+def find_manifest(request: PlanRequest, book: Residencies, namespaces: dict[bytes, Namespace]) -> Manifest:
+    """The chunks that `request` takes from `book`: nothing is leased yet.
+
+    With tokens: all that lie wholly inside them along the longest contiguous prefix, in the namespace where that is longest
+    (`model` narrows the choice; of equally long ones the first known wins). With `Selection.ALL`: everything that is owned.
+    """
+    if request.selection is Selection.ALL:
+        held = [each for each in book if each.slot is None and _is_of(namespaces[each.chunk.namespace], request.model)]
+        held.sort(key=lambda each: (each.chunk.start, each.chunk.key))
+        return Manifest(residencies=tuple(held), num_tokens=sum(each.chunk.token_count for each in held))
+    best = Manifest(residencies=(), num_tokens=0)
+    for namespace in namespaces.values():
+        if _is_of(namespace, request.model):
+            root = root_key(namespace, request.identity)
+            found = book.within(root, request.tokens, namespace.chunk_size)
+            num_tokens = max((each.chunk.end for each in found), default=0)
+            if num_tokens > best.num_tokens:
+                best = Manifest(residencies=tuple(found), num_tokens=num_tokens)
+    return best
+
+
+def _is_of(namespace: Namespace, model: str | None) -> bool:
+    return model is None or namespace.model == model
+
+
+def namespace_problem(wanted: Iterable[Namespace], target: MemberRecord) -> Failure | None:
+    """Why chunks of `wanted` are of no use at `target`: it has these models, but in caches that differ. None when it's fine."""
+    for namespace in wanted:
+        same_model = [each for each in target.namespaces if each.model == namespace.model]
+        if same_model and namespace not in same_model:
+            differs = namespace.difference(same_model[0])
+            detail = f"Instance {target.instance!r} can't use chunks of {namespace.model!r}: {differs} (source / target)."
+            return Failure(ErrorCode.NAMESPACE_MISMATCH, detail)
+    return None

@@ -1,0 +1,41 @@
+"""One open move at its target: plain data that `target` and `fetching` work on."""
+
+from dataclasses import dataclass, field
+
+from p2pkv.core.chunks import Chunk
+from p2pkv.core.ids import EventId, InstanceId
+from p2pkv.core.keys import ChunkKey, Namespace
+from p2pkv.core.messages import Offer, TakeAnswer
+from p2pkv.core.moves.tables import TargetState
+from p2pkv.errors import Failure
+
+
+@dataclass(slots=True)
+class TargetMove:
+    """One move whose target is this instance.
+
+    `pending` are chunks still to fetch, prefix first; `fetched` came over the lane; `present` were here before. A move that has
+    ended while its fetch goes on waits for the fetch's end; then, `is_source_lost` decides what becomes of the bytes.
+    """
+
+    offer: Offer
+    source: InstanceId
+    namespaces: dict[bytes, Namespace]
+    started_at: float
+    deadline: float
+    report_at: float
+    state: TargetState = TargetState.COLLECTING
+    manifest: dict[ChunkKey, Chunk] = field(default_factory=dict)
+    pending: list[Chunk] = field(default_factory=list)
+    is_fetching: bool = False
+    fetched: dict[ChunkKey, None] = field(default_factory=dict)
+    present: dict[ChunkKey, None] = field(default_factory=dict)
+    nbytes: int = 0
+    problem: Failure | None = None
+    answers: dict[int, TakeAnswer] = field(default_factory=dict)
+    is_source_lost: bool = False
+
+    @property
+    def event_id(self) -> EventId:
+        """Of the move."""
+        return self.offer.event_id
