@@ -28,15 +28,21 @@ class History:
         return tuple(sorted(self._records.values(), key=lambda each: (each.started_at, each.event_id), reverse=True))
 
     def put(self, record: EventRecord, now: float) -> bool:
-        """Keep `record` in place of what was known; False when that is no news, or would reopen what has ended."""
+        """Keep `record` in place of what was known.
+
+        Returns:
+            False when that is no news, would reopen what has ended, or finds no place among `EVENTS_MAX` that go on.
+        """
         known = self._records.get(record.event_id)
         if known == record or (known is not None and known.state.is_final and not record.state.is_final):
             return False
+        if known is None and len(self._records) >= EVENTS_MAX:
+            if not self._ended_at:
+                return False
+            self._forget(next(iter(self._ended_at)))
         self._records[record.event_id] = record
         if record.state.is_final:
             self._ended_at.setdefault(record.event_id, now)
-            if len(self._records) > EVENTS_MAX:
-                self._forget(next(iter(self._ended_at)))
         return True
 
     def forgets_at(self) -> float:

@@ -42,10 +42,14 @@ class Holdings:
         if (problem := namespace.problem()) is not None:
             return Failure(ErrorCode.NAMESPACE_MISMATCH, f"Model {namespace.model!r}: {problem}.")
         if namespace.chunk_size != self._chunk_size:
-            detail = f"Model {namespace.model!r} is cut into chunks of {namespace.chunk_size} tokens, here of {self._chunk_size}."
+            detail = (
+                f"Model {namespace.model!r} is cut into chunks of {namespace.chunk_size} tokens, here of {self._chunk_size}."
+            )
             return Failure(ErrorCode.NAMESPACE_MISMATCH, detail)
         if len(self.namespaces) >= NAMESPACES_MAX:
-            return Failure(ErrorCode.STORE_FULL, f"This instance serves {NAMESPACES_MAX} namespaces already; restart it to forget them.")
+            return Failure(
+                ErrorCode.STORE_FULL, f"This instance serves {NAMESPACES_MAX} namespaces already; restart it to forget them."
+            )
         self.namespaces[digest] = namespace
         return None
 

@@ -94,7 +94,7 @@ class InventoryLog:
         self._changes.append(change)
 
     def since(self, generation: Generation, sequence: int) -> list[InventoryDelta | InventoryPage]:
-        """What a view at `(generation, sequence)` lacks: the missing tail, or a snapshot when the log no longer reaches back."""
+        """What a view at `(generation, sequence)` lacks: the missing tail, or a snapshot when the log is shorter."""
         first_kept = self.sequence - len(self._changes)
         if generation != self.generation or not first_kept <= sequence <= self.sequence:
             return self._snapshot()
@@ -153,7 +153,11 @@ class InventoryView:
     def apply_page(self, page: InventoryPage) -> None:
         """Collect one page of a snapshot; the last one makes it the view. Pages of an older sequence are ignored."""
         known = next(iter(self._pages.values()), None)
-        if page.generation != self.generation or page.page_count > VIEW_ENTRIES // INVENTORY_PAGE_ENTRIES or page.page_index >= page.page_count:
+        if (
+            page.generation != self.generation
+            or page.page_count > VIEW_ENTRIES // INVENTORY_PAGE_ENTRIES
+            or page.page_index >= page.page_count
+        ):
             return
         if known is not None and (page.sequence, page.page_count) != (known.sequence, known.page_count):
             if page.sequence < known.sequence:

@@ -336,6 +336,7 @@ class Machine:
 
     def _send_status(self) -> None:
         self._describe()
+        self._views = {name: view for name, view in self._views.items() if self._membership.record_of(name) is not None}
         status = self._status()
         for instance in self._membership.linked():
             self._outbox.send(instance, status)

@@ -1,6 +1,6 @@
 """Who is in the cluster: plain membership over persistent links, a full mesh.
 
-    Every link begins with a `Hello` from both ends. Only an instance that has said Hello itself is a member; members that others
+    Every link begins with a `Hello` from both ends. Only an instance that has said Hello itself is a member; those that others
     tell of are only addresses to dial.
     A member without a link is redialed by both ends. It is dead when three redials have failed or `DEAD_AFTER_S` have passed,
     and dialed on, seldom, for `REMEMBER_S`: a Hello brings it back.
@@ -247,7 +247,9 @@ class Membership:
             self._refuse_name(peer.link, hello, now)
 
     def _refuse_name(self, link: LinkId, hello: Hello, now: float) -> None:
-        detail = f"An instance named {hello.me.instance!r} is alive in cluster {self._cluster!r}. Choose another name, or stop it."
+        detail = (
+            f"An instance named {hello.me.instance!r} is alive in cluster {self._cluster!r}. Choose another name, or stop it."
+        )
         self.refuse(link, ErrorCode.INSTANCE_ID_IN_USE, detail, now)
 
     def _met(self, peer: _Link, hello: Hello, now: float) -> None:
@@ -293,7 +295,7 @@ class Membership:
                 self._dials.reached(address, record.instance)
 
     def _supersedes(self, new: _Link, old: _Link) -> bool:
-        """Whether, of two links to one instance, the new one stays: that dialed by the lower name; of one dialer's, the later."""
+        """Of two links to one instance: whether the new one stays. The lower name's does; of one dialer's, the later."""
         lower_is_me = new.instance is None and self.me.instance < (old.instance or "")
         dialed_by_lower = (new.dialed is not None) == lower_is_me
         return dialed_by_lower or (new.dialed is None) == (old.dialed is None)

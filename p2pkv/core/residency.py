@@ -8,7 +8,8 @@ A *residency* is one chunk at this location. Its slot says what is going on with
     Outgoing(move, n)    owned, but being handed over in attempt `n`: lookups and new plans leave it out
 
 Everything here takes up room from the moment it is entered, so `used` never exceeds `limit`: that is the hard limit.
-What the inventory lists is exactly what is owned. The order of residencies is that of their last use, so eviction walks it from the front.
+What the inventory lists is exactly what is owned. The order of residencies is that of their last use: eviction walks it from
+the front.
 
 Not decided here: who may go (`eviction`), what a move does (`moves`), where the bytes are (the store).
 """

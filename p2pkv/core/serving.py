@@ -135,7 +135,8 @@ class Serving:
 
     def _use(self, chunks: list[Chunk], now: float) -> None:
         """These chunks are used: they are the last to be evicted, stay here if a move was taking them away, and are owned if
-        one was bringing them."""
+        one was bringing them.
+        """
         kept: dict[EventId, list[ChunkKey]] = defaultdict(list)
         for chunk in reversed(chunks):
             residency = self._book.get(chunk.key)

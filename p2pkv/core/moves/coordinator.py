@@ -1,9 +1,9 @@
 """The coordinator's part of moves: pass a user's request to the source, and know how the event goes on.
 
-    A plan that isn't there within `PLAN_S` is given up: the user hears `instance_unreachable`, and should the source plan it
-    after all, it is told to cancel.
-    From the plan on the two ends finish alone. The source pushes each change of the event; what is lost is asked for again, of
-    the target too when the source is gone. An event that nobody can tell of any more ends here by its deadline.
+A plan that isn't there within `PLAN_S` is given up: the user hears `instance_unreachable`, and should the source plan it
+after all, it is told to cancel.
+From the plan on the two ends finish alone. The source pushes each change of the event; what is lost is asked for again, of
+the target too when the source is gone. An event that nobody can tell of any more ends here by its deadline.
 """
 
 from dataclasses import dataclass, field, replace
@@ -115,7 +115,9 @@ class Coordinator:
         if parties is None or parties.source == self.config.instance or (known is not None and known.state.is_final):
             self._answer_from_memory(event.request, event.event_id)
         else:
-            self._question(event.request, EventRequest(event.event_id), (parties.source, parties.target, parties.coordinator), now)
+            self._question(
+                event.request, EventRequest(event.event_id), (parties.source, parties.target, parties.coordinator), now
+            )
 
     def cancel(self, event: CancelRequested, now: float) -> None:
         """Ask the source to end a move."""
@@ -182,20 +184,21 @@ class Coordinator:
         parties = parse_event_id(report.event_id)
         if parties is None or sender not in (parties.source, parties.target, parties.coordinator):
             return
+        questions = [ask for ask in (EventRequest(report.event_id), CancelRequest(report.event_id)) if ask in self._questions]
+        if not questions and self.config.instance not in (parties.coordinator, parties.target):
+            return
         is_source_gone = self._unreachable(parties.source) is not None
         if report.event is not None and report.event.event_id == report.event_id:
             if sender == parties.source or (is_source_gone and report.event.state.is_final):
                 self._put(report.event, now)
         elif is_source_gone and sender == parties.target and report.event_id in self._watches:
             self._give_up(report.event_id, f"Source {parties.source!r} was lost before anything had reached the target.", now)
-        for ask in (EventRequest(report.event_id), CancelRequest(report.event_id)):
-            question = self._questions.get(ask)
-            if question is not None:
-                question.waiting_for.pop(sender, None)
-                if sender == parties.source and report.event is not None:
-                    question.waiting_for.clear()
-                if not question.waiting_for:
-                    self._resolve(question)
+        for question in [self._questions[ask] for ask in questions]:
+            question.waiting_for.pop(sender, None)
+            if sender == parties.source and report.event is not None:
+                question.waiting_for.clear()
+            if not question.waiting_for:
+                self._resolve(question)
 
     def _resolve(self, question: _Question) -> None:
         del self._questions[question.ask]

@@ -1,8 +1,8 @@
 """Handing chunks over: the attempts by which a move's source gives away what its target holds.
 
 Each attempt names up to `TAKE_BATCH_KEYS` chunks from the manifest's end, suffix first, so that whatever stops it leaves a
-prefix. What it releases is `Outgoing` until the answer for that very attempt: then it is freed or restored. What it shares stays
-here as well, since other chunks hang on it.
+prefix. What it releases is `Outgoing` until the answer for that very attempt: then it is freed or restored. What it shares
+stays here as well, since other chunks hang on it.
 """
 
 from dataclasses import replace

@@ -47,7 +47,10 @@ def target_problem(target: MemberRecord | None, position: Position) -> Failure |
 def unknown_location(position: Position, known: Iterable[Location]) -> Failure:
     """The failure that says what locations `position`'s instance has instead."""
     names = ", ".join(location.value for location in known)
-    return Failure(ErrorCode.UNKNOWN_LOCATION, f"Instance {position.instance!r} has no location {position.location.value!r}; it has {names}.")
+    return Failure(
+        ErrorCode.UNKNOWN_LOCATION,
+        f"Instance {position.instance!r} has no location {position.location.value!r}; it has {names}.",
+    )
 
 
 def find_manifest(request: PlanRequest, book: Residencies, namespaces: dict[bytes, Namespace]) -> Manifest:

@@ -1,8 +1,8 @@
 """The source's end of its moves: plan, offer, hand over, free.
 
 Rules (`docs/protocol.md` numbers them):
-    A chunk is freed only on the target's answer for the attempt that is open. On anything else - `gone`, no answer, the target's
-    end, a deadline - it is restored, and late answers are ignored (`handover`).
+    A chunk is freed only on the target's answer for the attempt that is open. On anything else - `gone`, no answer, the
+    target's end, a deadline - it is restored, and late answers are ignored (`handover`).
     Only this end writes the event's state; it ends by its deadline.
 
 Not decided here: what may be moved (`plan`), what the target does (`target`).
@@ -16,7 +16,7 @@ from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import EventChanged
 from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
-from p2pkv.core.ids import EventId, InstanceId
+from p2pkv.core.ids import EventId, InstanceId, Parties, parse_event_id
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import (
@@ -74,10 +74,17 @@ class SourceMoves:
 
     def _begin(self, request: PlanRequest, coordinator: InstanceId, now: float) -> EventRecord | Failure:
         old, new = request.old_position, request.new_position
+        if (
+            parse_event_id(request.event_id) != Parties(self._config.instance, new.instance, coordinator)
+            or old.instance != self._config.instance
+        ):
+            return Failure(ErrorCode.PROTOCOL_ERROR, f"The event id {request.event_id!r} doesn't name this move's parties.")
         if self.is_leaving:
             return Failure(ErrorCode.LEAVING, f"Instance {old.instance!r} is leaving the cluster and starts no more moves.")
         if len(self._open) >= OPEN_MOVES_MAX:
-            return Failure(ErrorCode.INSTANCE_UNREACHABLE, f"{OPEN_MOVES_MAX} moves from {old.instance!r} are open; try again later.")
+            return Failure(
+                ErrorCode.INSTANCE_UNREACHABLE, f"{OPEN_MOVES_MAX} moves from {old.instance!r} are open; try again later."
+            )
         book = self._holdings.books.get(old.location)
         if book is None:
             return unknown_location(old, self._holdings.books)
@@ -184,7 +191,9 @@ class SourceMoves:
         counts = move.record.chunks
         if is_copy:
             counts = replace(counts, moved=report.fetched_count, already_there=report.already_there_count)
-        self._update(move, replace(move.record, state=EventState.RUNNING, nbytes=report.nbytes, lane=report.lane, chunks=counts), now)
+        self._update(
+            move, replace(move.record, state=EventState.RUNNING, nbytes=report.nbytes, lane=report.lane, chunks=counts), now
+        )
         if entered is not SourceState.TAKING:
             return
         if is_copy or not report.fetched_count + report.already_there_count:
@@ -233,7 +242,7 @@ class SourceMoves:
         return self._history.get(event_id)
 
     def target_lost(self, instance: InstanceId, now: float) -> None:
-        """An instance died, left, or is another boot of itself: end the moves to it; what it hasn't answered for is restored."""
+        """An instance died, left, or is another boot of itself: end the moves to it, restore what it hasn't answered for."""
         for move in [each for each in self._open.values() if each.target == instance]:
             self._fail(move, ErrorCode.INSTANCE_UNREACHABLE, f"Instance {instance!r} was lost during the move.", now)
 
@@ -337,4 +346,5 @@ class SourceMoves:
             for residency in book:
                 if isinstance(residency.slot, Outgoing):
                     move = self._open[residency.slot.move]
-                    assert residency.slot.attempt == move.attempt and residency.chunk.key in move.released
+                    assert residency.slot.attempt == move.attempt
+                    assert residency.chunk.key in move.released

@@ -270,7 +270,9 @@ class TargetMoves:
         assert parties is not None, "checked when it was offered"
         offer, moved, there = move.offer, len(move.fetched), len(move.present)
         failed = offer.chunk_count - moved - there
-        detail = f"Source {move.source!r} was lost during the move; {moved + there} of {offer.chunk_count} chunks are at the target."
+        detail = (
+            f"Source {move.source!r} was lost during the move; {moved + there} of {offer.chunk_count} chunks are at the target."
+        )
         error = Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
         record = EventRecord(
             event_id=move.event_id,
