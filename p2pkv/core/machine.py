@@ -135,7 +135,8 @@ class Machine:
         for book in self._holdings.books.values():
             assert not book.promised
             for residency in book:
-                assert residency.slot is None and not residency.is_leased(now), f"{residency} isn't at rest"
+                assert residency.slot is None, f"{residency} isn't at rest"
+                assert not residency.is_leased(now), f"{residency} isn't at rest"
 
     # --- questions --------------------------------------------------------------------------------------------------------
 

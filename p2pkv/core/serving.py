@@ -134,9 +134,7 @@ class Serving:
         self._outbox.answer(event.request, answer)
 
     def _use(self, chunks: list[Chunk], now: float) -> None:
-        """These chunks are used: they are the last to be evicted, stay here if a move was taking them away, and are owned if
-        one was bringing them.
-        """
+        """These chunks are used: the last to be evicted, kept if a move was taking them away, owned if one was bringing them."""
         kept: dict[EventId, list[ChunkKey]] = defaultdict(list)
         for chunk in reversed(chunks):
             residency = self._book.get(chunk.key)
@@ -163,7 +161,7 @@ class Serving:
         if residency is None:
             if not self._holdings.make_room(self._book, room_of(chunk), now=now):
                 used, limit = self._book.used.nbytes, self._book.limit.nbytes
-                detail = f"No room for {chunk.charged_nbytes} bytes: {used} of {limit} are used, and nothing of it can be evicted now."
+                detail = f"No room for {chunk.charged_nbytes} bytes: {used} of {limit} are used, and none can go now."
                 return Failure(ErrorCode.STORE_FULL, detail)
             residency = self._book.enter(chunk, Writing(), now)
         if isinstance(residency.slot, Writing):
