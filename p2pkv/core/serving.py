@@ -134,7 +134,7 @@ class Serving:
         self._outbox.answer(event.request, answer)
 
     def _use(self, chunks: list[Chunk], now: float) -> None:
-        """These chunks are used: the last to be evicted, kept if a move was taking them away, owned if one was bringing them."""
+        """These chunks are used: last to be evicted, kept if a move was taking them away, owned if one was bringing them."""
         kept: dict[EventId, list[ChunkKey]] = defaultdict(list)
         for chunk in reversed(chunks):
             residency = self._book.get(chunk.key)
