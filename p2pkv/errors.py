@@ -6,7 +6,12 @@ Python callers see; `failure_error` turns the one into the other. A miss (nothin
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Len
+
+DETAIL_MAX_LENGTH = 4096
+"""Of a sentence that a peer may send; ours are far shorter."""
 
 
 class ErrorCode(StrEnum):
@@ -37,7 +42,7 @@ class Failure:
     """
 
     code: ErrorCode
-    detail: str
+    detail: Annotated[str, Len(0, DETAIL_MAX_LENGTH)]
 
 
 class P2pkvError(Exception):

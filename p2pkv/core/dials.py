@@ -14,6 +14,7 @@ DIALS_MAX = 2048
 FIRST_RETRY_S = 0.1
 RETRY_FACTOR = 3.0
 LAST_RETRY_S = 5.0
+GROWING_RETRIES = 4
 """Retries after 0.1, 0.3, 0.9, 2.7 and then every 5 s: three within the 3 s after which a lost member is dead."""
 JITTER_S = 0.05
 """So that two ends that lost a link seldom dial each other in the same millisecond."""
@@ -65,7 +66,7 @@ class Dials:
         known = self._dials.get(address)
         if known is None:
             return
-        wait_s = min(LAST_RETRY_S, FIRST_RETRY_S * RETRY_FACTOR**known.failures)
+        wait_s = min(LAST_RETRY_S, FIRST_RETRY_S * RETRY_FACTOR ** min(known.failures, GROWING_RETRIES))
         known.failures += 1
         known.is_busy = False
         known.due_at = now + wait_s + self._rng.uniform(0, JITTER_S)

@@ -31,7 +31,7 @@ RequestId = int
 EventId = Annotated[str, Len(1, EVENT_ID_MAX_LENGTH)]
 StageId = Annotated[str, Len(1, EVENT_ID_MAX_LENGTH)]
 """Who put bytes into the store that nobody owns yet: a move's event id, or an engine's lease id."""
-WallTime = float
+WallTime = Annotated[float, Ge(0), Lt(1e11)]
 """Seconds since the Unix epoch. Shown to people, never used for a deadline."""
 
 

@@ -155,6 +155,7 @@ class InventoryView:
         known = next(iter(self._pages.values()), None)
         if (
             page.generation != self.generation
+            or page.sequence < self.sequence
             or page.page_count > VIEW_ENTRIES // INVENTORY_PAGE_ENTRIES
             or page.page_index >= page.page_count
         ):

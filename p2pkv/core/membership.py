@@ -21,17 +21,7 @@ from p2pkv.core.dials import Dials
 from p2pkv.core.effects import CloseLink, MemberChanged, Stop
 from p2pkv.core.ids import Address, InstanceId, LinkId
 from p2pkv.core.keys import Namespace
-from p2pkv.core.messages import (
-    MEMBERS_MAX,
-    PROTOCOL_VERSION,
-    Goodbye,
-    Hello,
-    Leaving,
-    Members,
-    Ping,
-    Pong,
-    Status,
-)
+from p2pkv.core.messages import MEMBERS_MAX, PROTOCOL_VERSION, Goodbye, Hello, Leaving, Members, Ping, Pong, Status
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.records import LocationStatus, MemberRecord, MemberState
 from p2pkv.errors import ErrorCode, Failure

@@ -1,0 +1,220 @@
+"""`p2pkv`: the one place where trio starts, and where errors become exit codes.
+
+Exit codes: 0 done (Ctrl-C too), 1 the operation failed, 2 wrong usage or configuration, 3 no node reached. Each command imports
+what it needs when it runs: `p2pkv node` must be ready quickly and stay small.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from p2pkv.commands.exit_codes import ExitCode
+from p2pkv.errors import ConfigError, InvalidRequestError, NodeUnreachableError, P2pkvError
+
+if TYPE_CHECKING:
+    from p2pkv.config import NodeConfig
+
+
+class _Commands(TyperGroup):
+    """All commands, with errors turned into exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except (P2pkvError, KeyboardInterrupt, BaseExceptionGroup) as raised:
+            error = _only(raised)
+            if not isinstance(error, P2pkvError | KeyboardInterrupt):
+                raise
+            if isinstance(error, P2pkvError):
+                typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(_exit_code(error)) from raised
+
+
+def _only(error: BaseException) -> BaseException:
+    """The error in a group of one, as nurseries wrap it."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _exit_code(error: P2pkvError | KeyboardInterrupt) -> ExitCode:
+    match error:
+        case KeyboardInterrupt():
+            return ExitCode.DONE
+        case ConfigError() | InvalidRequestError():
+            return ExitCode.WRONG_USAGE
+        case NodeUnreachableError():
+            return ExitCode.NO_NODE
+        case _:
+            return ExitCode.FAILED
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Moves KV caches between LLM engines, peer to peer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        envvar=["P2PKV_CONFIG_FILE", "LMCACHE_CONFIG_FILE"],
+        help="The instance's yaml; without one, variables say it all.",
+    ),
+]
+Via = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="The node to ask; left out: the shared port, then the nodes of this host."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Tokens = Annotated[str | None, typer.Option("--tokens", metavar="1,2,3", help="Token ids of the prompt.")]
+TokensFile = Annotated[Path | None, typer.Option("--tokens-file", metavar="FILE", help="A file that holds the token ids.")]
+Model = Annotated[str | None, typer.Option(help="Whose cache; only needed when an instance serves several models.")]
+Salt = Annotated[str, typer.Option("--cache-salt", help="The salt that the prompt was stored with.")]
+
+
+def main() -> None:
+    """Run `p2pkv`."""
+    app()
+
+
+@app.command()
+def node(*, config: ConfigFile = None) -> None:
+    """Run one instance's node until SIGTERM or Ctrl-C."""
+    import trio
+
+    from p2pkv.commands.node import run_node
+
+    trio.run(run_node, _read_config(config))
+
+
+@app.command()
+def up(folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="FOLDER")]) -> None:
+    """Run a node for every *.yaml of a folder, and keep them running until SIGTERM or Ctrl-C."""
+    import trio
+
+    from p2pkv.commands.up import keep_up, read_folder
+
+    trio.run(keep_up, read_folder(folder))
+
+
+@app.command()
+def engine(
+    *,
+    config: ConfigFile = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 for any free one.")] = 8000,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="A Llama to run instead of the small one.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A name besides its own to ask for the model by; may be repeated.")
+    ] = None,
+) -> None:
+    """Run the reference engine: completions on a small Llama that keeps its KV cache in p2pkv."""
+    import trio
+
+    from p2pkv.commands.engine import run_engine
+
+    source = config or _read_config(None)
+    trio.run(partial(run_engine, source, port=port, model_directory=model, served_model_names=served_model_name or []))
+
+
+@app.command()
+def demo(*, as_json: AsJson = False) -> None:
+    """The whole walk-through: nodes, engines, one move, and what was seen."""
+    from p2pkv.demo import run_demo
+
+    raise typer.Exit(run_demo(as_json=as_json))
+
+
+@app.command()
+def move(
+    old_position: Annotated[str, typer.Argument(metavar="SOURCE/LOCATION", show_default=False)],
+    new_position: Annotated[str, typer.Argument(metavar="TARGET/LOCATION", show_default=False)],
+    *,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    everything: Annotated[bool, typer.Option("--all", help="Everything at the source, instead of tokens.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Leave the source as it is.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the move has ended.")] = False,
+    model: Model = None,
+    cache_salt: Salt = "",
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move a prompt's KV cache, as instance1/LocalCPUBackend instance2/LocalCPUBackend --tokens 1,2,3."""
+    from p2pkv.commands.arguments import parse_position, parse_tokens
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.moves import move_and_wait
+    from p2pkv.commands.output import move_text, show
+
+    body = {
+        "old_position": parse_position(old_position),
+        "new_position": parse_position(new_position),
+        "tokens": parse_tokens(tokens, tokens_file),
+        "all": everything,
+        "copy": copy,
+        "model": model,
+        "cache_salt": cache_salt,
+    }
+    with open_client(via, os.environ) as client:
+        reply = move_and_wait(client, body) if wait else client.call("POST", "/move", body)
+    show(reply, move_text, as_json=as_json)
+
+
+@app.command()
+def lookup(
+    *,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    model: Model = None,
+    cache_salt: Salt = "",
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which instances hold how much of a prompt."""
+    from p2pkv.commands.arguments import parse_tokens
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import lookup_text, show
+
+    body = {"tokens": parse_tokens(tokens, tokens_file), "model": model, "cache_salt": cache_salt}
+    with open_client(via, os.environ) as client:
+        show(client.call("POST", "/lookup", body), lookup_text, as_json=as_json)
+
+
+@app.command()
+def members(*, via: Via = None, as_json: AsJson = False) -> None:
+    """Every instance that the node knows, and how full it is."""
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import members_text, show
+
+    with open_client(via, os.environ) as client:
+        show(client.call("GET", "/members"), members_text, as_json=as_json)
+
+
+@app.command()
+def event(
+    event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
+) -> None:
+    """One move: its state, its counts, and why it failed if it did."""
+    from urllib.parse import quote
+
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import event_text, show
+
+    with open_client(via, os.environ) as client:
+        show(client.call("GET", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
+
+
+def _read_config(path: Path | None) -> "NodeConfig":
+    from p2pkv.config import NodeConfig
+
+    return NodeConfig.from_environ() if path is None else NodeConfig.from_yaml(path)

@@ -1,0 +1,101 @@
+"""How a command reaches a node: over HTTP, at the first address where one answers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from p2pkv.errors import NodeUnreachableError
+from p2pkv.rendezvous import living_cards, runtime_directory
+
+DEFAULT_SHARED_ADDRESS = "localhost:9000"
+DEFAULT_CLUSTER = "p2pkv"
+CONNECT_S = 2.0
+ANSWER_S = 30.0
+"""A node answers a move within its `wait_s`, at most 5 s here, and the 5 s that planning may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a node answered.
+
+    Attributes:
+        status: Of HTTP.
+        body: The JSON object; of an error, its `detail` and `error`.
+    """
+
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the call did what it should."""
+        return self.status < 400
+
+
+class NodeClient:
+    """Calls to the node at one address."""
+
+    def __init__(self, http: httpx2.Client) -> None:
+        self._http = http
+
+    def call(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Reply:
+        """Make one call.
+
+        Raises:
+            NodeUnreachableError: Nothing answered there, or something that is no node.
+        """
+        try:
+            response = self._http.request(method, path, json=body)
+            answer = response.json()
+        except httpx2.TransportError as error:
+            raise NodeUnreachableError(f"no node answers at {self._http.base_url}: {error}") from error
+        except ValueError as error:
+            raise _stranger(self._http.base_url) from error
+        if not isinstance(answer, dict):
+            raise _stranger(self._http.base_url)
+        return Reply(response.status_code, answer)
+
+
+@contextmanager
+def open_client(via: str | None, environ: Mapping[str, str]) -> Iterator[NodeClient]:
+    """A client of the node at `via`, or else of the first that answers: on the shared port, then in the runtime directory.
+
+    Raises:
+        ConfigError: The runtime directory can't be used.
+        NodeUnreachableError: Nothing answers at any of these.
+    """
+    url = via or _find_node(environ)
+    try:
+        # No proxy: a node is reached directly or not at all.
+        http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S), trust_env=False)
+    except httpx2.InvalidURL as error:
+        raise NodeUnreachableError(f"{url} is no address of a node: {error}") from error
+    with http:
+        yield NodeClient(http)
+
+
+def _stranger(url: httpx2.URL) -> NodeUnreachableError:
+    return NodeUnreachableError(f"what answers at {url} is no node")
+
+
+def _find_node(environ: Mapping[str, str]) -> str:
+    tried = []
+    for url in _addresses(environ):
+        try:
+            answer = httpx2.get(f"{url}/livez", timeout=CONNECT_S, trust_env=False)
+            if answer.status_code == 200 and answer.json() == {}:
+                return url
+        except (httpx2.TransportError, ValueError):  # nobody is there, or a stranger
+            pass
+        tried.append(url)
+    raise NodeUnreachableError(f"no node answers at {', '.join(tried)}; start one, or name one with --via http://host:port")
+
+
+def _addresses(environ: Mapping[str, str]) -> Iterator[str]:
+    yield f"http://{environ.get('P2PKV_CONTROLLER_HTTP_URL') or DEFAULT_SHARED_ADDRESS}"
+    cluster = environ.get("P2PKV_CLUSTER") or DEFAULT_CLUSTER
+    for card in living_cards(runtime_directory(environ), cluster):
+        yield card.http

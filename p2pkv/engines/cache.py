@@ -1,0 +1,251 @@
+"""What an engine uses: its instance's chunks as tensors, through the node's unix socket."""
+
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from p2pkv.config import NodeConfig
+from p2pkv.core.keys import MAX_TOKEN_ID, MAX_TOKENS, Identity, Media, TokenBytes
+from p2pkv.engines.autostart import connect_or_start
+from p2pkv.engines.connection import EngineConnection
+from p2pkv.engines.layout import KVLayout, read_shard, write_shard
+from p2pkv.errors import (
+    ErrorCode,
+    Failure,
+    InvalidRequestError,
+    NodeUnreachableError,
+    P2pkvError,
+    RemoteProtocolError,
+    failure_error,
+)
+from p2pkv.rendezvous import place_of, runtime_directory
+from p2pkv.wire.engine import (
+    ENGINE_PROTOCOL_VERSION,
+    Attach,
+    Attached,
+    Commit,
+    Lent,
+    LookupReply,
+    LookupRequest,
+    ReadDone,
+    Retrieved,
+    RetrieveRequest,
+    Stored,
+    StoreRequest,
+)
+
+Tokens = Sequence[int] | torch.Tensor
+"""A prompt's token ids from its beginning: a sequence of integers, or a 1-dimensional integer tensor."""
+
+
+class EngineCache:
+    """The KV cache of one worker of an instance's engine; `attach` gives one.
+
+    Any thread may use it; copying goes on outside the lock that orders the exchanges with the node. A forked process gets a
+    connection of its own. Each method, besides what it says itself, raises `NodeUnreachableError` when the node is gone or
+    silent (the next call connects anew), and `InvalidRequestError` when the tokens aren't a prompt.
+    """
+
+    def __init__(self, connect: Callable[[], EngineConnection], attach: Attach, layout: KVLayout) -> None:
+        self._connect = connect
+        self._attach = attach
+        self._layout = layout
+        self._process = os.getpid()
+        self._lock = Lock()
+        self._connection: EngineConnection | None = None
+        self._is_closed = False
+
+    @classmethod
+    def attach(
+        cls,
+        config: str | os.PathLike[str] | NodeConfig,
+        *,
+        model: str,
+        layout: KVLayout,
+        world_size: int = 1,
+        worker_id: int = 0,
+        weights: str | None = None,
+        autostart: bool = True,
+    ) -> Self:
+        """Attach a worker of an engine to its instance's node.
+
+        Args:
+            config: The instance's yaml, or what was read from it. Only with a file can a node be started.
+            model: The model's name: engines that say the same share chunks.
+            layout: Of the whole model's KV cache.
+            world_size: Tensor-parallel workers of the engine.
+            worker_id: Which of them this is, from 0.
+            weights: Digest of the weights; None to take the instance's `cache_epoch` for it.
+            autostart: Start the node if none runs. It outlives this process.
+
+        Raises:
+            ConfigError: The configuration has problems.
+            NodeUnreachableError: No node runs, and none could be started.
+            FailureError: The node can't serve this engine; which kind says why.
+        """
+        node = config if isinstance(config, NodeConfig) else NodeConfig.from_yaml(Path(config))
+        place = place_of(runtime_directory(os.environ), node.cluster, node.lmcache_instance_id)
+        if autostart and not isinstance(config, NodeConfig):
+            connect = partial(connect_or_start, place, Path(config).absolute())
+        else:
+            connect = partial(EngineConnection.open, place.engine_socket)
+        attach = Attach(
+            version=ENGINE_PROTOCOL_VERSION,
+            model=model,
+            weights=weights,
+            dtype=layout.dtype,
+            layers=layout.layers,
+            planes=layout.planes,
+            kv_heads=layout.kv_heads,
+            head_dim=layout.head_dim,
+            world_size=world_size,
+            worker=worker_id,
+        )
+        cache = cls(connect, attach, layout.of_worker(world_size))
+        cache._attached()
+        return cache
+
+    def lookup(self, tokens: Tokens, identity: Identity | None = None) -> int:
+        """How many tokens of the prompt are held here, from its beginning; it need not end where a chunk does."""
+        request = LookupRequest(_complete(identity), _packed(tokens))
+        return self._attached().ask(request, LookupReply).num_tokens
+
+    def store(self, tokens: Tokens, kv: torch.Tensor, identity: Identity | None = None) -> int:
+        """Keep a prompt's KV cache; what is held already isn't copied again.
+
+        Args:
+            tokens: The prompt.
+            kv: `[layers, planes, len(tokens), kv_heads of this worker, head_dim]` in the layout's dtype, any strides, any
+                device. Only read, and the caller's again on return.
+            identity: What this request adds to the namespace.
+
+        Returns:
+            How many tokens of the prompt are held now. Fewer than all when there was no room for the rest; when other workers'
+            shards are missing still, those tokens don't count yet.
+
+        Raises:
+            InvalidRequestError: `kv` doesn't fit the tokens or the layout.
+            StoreFullError: There is no room, and nothing of the prompt is held.
+        """
+        packed, complete = _packed(tokens), _complete(identity)
+        token_count = len(tokens)
+        self._layout.check(kv, token_count)
+        connection = self._attached()
+        held, next_token = 0, 0
+        while next_token < token_count:
+            with connection.exchange(StoreRequest(complete, packed, next_token), Lent) as (lent, descriptors):
+                for shard, descriptor in zip(lent.shards, descriptors, strict=True):
+                    write_shard(descriptor, kv[:, :, shard.start : shard.start + shard.token_count])
+            held, failure = lent.held_tokens, lent.failure
+            if lent.shards:
+                stored = connection.ask(Commit(lent.lease), Stored)
+                held, failure = stored.held_tokens, stored.failure or failure
+            if failure is not None and not held:
+                raise failure_error(failure)
+            if failure is not None or lent.next_token <= next_token:
+                break
+            next_token = lent.next_token
+        return held
+
+    def retrieve(self, tokens: Tokens, identity: Identity | None = None) -> tuple[int, torch.Tensor | None]:
+        """Copy out the longest prefix of the prompt that is held here; it need not end where a chunk does.
+
+        Args:
+            tokens: The prompt.
+            identity: What this request adds to the namespace.
+
+        Returns:
+            How many tokens, and their KV: a fresh tensor on the CPU, the caller's, `[layers, planes, that many, kv_heads of
+            this worker, head_dim]`. `(0, None)` when nothing is held.
+        """
+        packed, complete = _packed(tokens), _complete(identity)
+        connection = self._attached()
+        kv: torch.Tensor | None = None
+        done = 0
+        while True:
+            with connection.exchange(RetrieveRequest(complete, packed, done), Retrieved) as (retrieved, descriptors):
+                if kv is None:
+                    kv = torch.empty(self._layout.shape(retrieved.num_tokens), dtype=self._layout.torch_dtype)
+                for shard, descriptor in zip(retrieved.shards, descriptors, strict=True):
+                    end = min(shard.start + shard.used_count, kv.shape[2])
+                    if shard.start != done:
+                        raise RemoteProtocolError(f"the node sent tokens from {shard.start} on, where {done} was next")
+                    read_shard(descriptor, self._layout, shard.token_count, kv[:, :, done:end])
+                    done = end
+            if retrieved.lease:
+                connection.tell(ReadDone(retrieved.lease))
+            if done == kv.shape[2] or not retrieved.shards:  # no shards: the rest was evicted meanwhile
+                return done, kv[:, :, :done] if done else None
+
+    def close(self) -> None:
+        """Detach. What was stored stays; the node goes on."""
+        with self._lock:
+            self._is_closed = True
+            if self._connection is not None:
+                self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _attached(self) -> EngineConnection:
+        """The connection of this process, made if there is none. A caller keeps to it: leases are the connection's."""
+        if self._process != os.getpid():
+            self._leave_parent()
+        with self._lock:
+            if self._is_closed:
+                raise NodeUnreachableError("this EngineCache is closed")
+            if self._connection is None or self._connection.is_closed:
+                connection = self._connect()
+                try:
+                    connection.ask(self._attach, Attached)
+                except P2pkvError:
+                    connection.close()
+                    raise
+                self._connection = connection
+            return self._connection
+
+    def _leave_parent(self) -> None:
+        """In a forked process: the parent's connection stays its own, and its locks may be held by threads that aren't here."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+        self._lock = Lock()
+        self._process = os.getpid()
+
+
+def _packed(tokens: Tokens) -> TokenBytes:
+    try:
+        if len(tokens) > MAX_TOKENS:
+            raise _invalid(f"{len(tokens)} tokens are more than {MAX_TOKENS}")
+        packed = array("i", tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens))  # bytes would be taken raw
+    except (TypeError, OverflowError) as error:
+        raise _invalid(f"tokens must be integers from 0 to {MAX_TOKEN_ID}: {error}") from error
+    if min(packed, default=0) < 0:
+        raise _invalid(f"tokens must be integers from 0 to {MAX_TOKEN_ID}: {min(packed)} isn't")
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _complete(identity: Identity | None) -> Identity:
+    """`identity` with its media as the wire has them; engines may give plain tuples."""
+    if identity is None:
+        return Identity()
+    media: Iterable[Media | tuple[int, int, bytes]] = identity.media
+    return replace(identity, media=tuple(item if isinstance(item, Media) else Media(*item) for item in media))
+
+
+def _invalid(detail: str) -> InvalidRequestError:
+    return InvalidRequestError(Failure(ErrorCode.INVALID_REQUEST, detail))

@@ -1,0 +1,45 @@
+"""Who may talk to the engine's door: programs of this host, in bodies of a limited size; no web page."""
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from p2pkv.config import is_loopback
+from p2pkv.engines.reference.openai import ErrorDetail, ErrorReply
+
+MAX_BODY_NBYTES = 4 * 2**20
+"""A prompt of 4,096 tokens takes some 20 KiB; parsing this much stalls the event loop for less than 0.1 s."""
+
+
+class DoorGuard:
+    """An ASGI application that lets through to another what is no browser's, and no larger than it should be."""
+
+    def __init__(self, application: ASGIApp) -> None:
+        self._application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        application = self._application
+        if scope["type"] == "http":
+            headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            application = _refusal(scope["method"], headers) or application
+        await application(scope, receive, send)
+
+
+def _refusal(method: str, headers: dict[bytes, str]) -> ASGIApp | None:
+    """The answer that refuses such a request; None when it may go on."""
+    host = headers.get(b"host", "").rpartition(":")[0] or headers.get(b"host", "")
+    if not is_loopback(host.strip("[]")):
+        return _error(421, "MisdirectedRequestError", "the Host header doesn't name this machine; ask by localhost")
+    if b"origin" in headers or headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
+        return _error(403, "ForbiddenError", "web pages may not talk to this engine")
+    length = headers.get(b"content-length", "")
+    if method != "GET" and not length.isdecimal():
+        return _error(411, "LengthRequiredError", "send a body with its Content-Length")
+    if length.isdecimal() and int(length) > MAX_BODY_NBYTES:
+        return _error(413, "ContentTooLargeError", f"the body has {length} bytes, at most {MAX_BODY_NBYTES} are taken")
+    return None
+
+
+def _error(status: int, kind: str, message: str) -> JSONResponse:
+    reply = ErrorReply(error=ErrorDetail(message=message, type=kind, param=None, code=status))
+    return JSONResponse(reply.model_dump(), status_code=status)

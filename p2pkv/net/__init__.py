@@ -1,0 +1,1 @@
+"""The shell's network side: the driver, links to peers, lanes, and the doors."""

@@ -1,0 +1,43 @@
+"""No web page may command a node: which requests a browser sent on behalf of a page that isn't ours.
+
+A browser always tells the truth in these three headers, and other clients have no reason to send the last two:
+
+- `Host` must be a loopback name with one of our ports, so that a name which an attacker points at 127.0.0.1 gets nowhere.
+- `Origin`, where present, must be our own pages'.
+- `Sec-Fetch-Site`, where present, must be `same-origin`, or `none` (typed in by the user).
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+OUR_FETCH_SITES = ("same-origin", "none")
+MISDIRECTED = 421
+FORBIDDEN = 403
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How to refuse a request: the HTTP status, and a sentence."""
+
+    status: int
+    reason: str
+
+
+def refuse_browser(*, host: str | None, origin: str | None, fetch_site: str | None, ports: Collection[int]) -> Refusal | None:
+    """Why a request that carries these headers is refused; None when it may go on.
+
+    Args:
+        host: `Host`.
+        origin: `Origin`; None when absent.
+        fetch_site: `Sec-Fetch-Site`; None when absent.
+        ports: All ports that this node's doors listen on.
+    """
+    ours = {f"{name}:{port}" for name in LOOPBACK_NAMES for port in ports}
+    if host is None or host.lower() not in ours:
+        return Refusal(MISDIRECTED, "the Host header names no address of this node; ask it by localhost and its port")
+    if origin is not None and origin.lower() not in {f"http://{name}" for name in ours}:
+        return Refusal(FORBIDDEN, "web pages of other origins may not talk to this node")
+    if fetch_site is not None and fetch_site.lower() not in OUR_FETCH_SITES:
+        return Refusal(FORBIDDEN, "web pages of other sites may not talk to this node")
+    return None

@@ -1,0 +1,1 @@
+"""The HTTP shim: LMCache's calls and ours, the same on every node."""

@@ -1,0 +1,173 @@
+"""Links to peers: websockets that carry messages, and know nothing of what they say.
+
+Each link reports `LinkOpened`, then a `MessageReceived` for each message, then `LinkLost`; the first and the last exactly once.
+One task reads, one writes. Sending only enqueues; a peer that doesn't read fast enough loses its link and holds nobody up. A
+peer that sends what is no message is told so in a `Goodbye` and disconnected; the others don't notice.
+"""
+
+from itertools import count
+
+import trio
+from trio_websocket import ConnectionClosed, Endpoint, WebSocketConnection, WebSocketRequest
+
+from p2pkv.core.events import DialFailed, LinkLost, LinkOpened, MessageReceived
+from p2pkv.core.ids import Address, LinkId
+from p2pkv.core.messages import Goodbye, Message
+from p2pkv.errors import ErrorCode, Failure, RemoteProtocolError
+from p2pkv.net.driver import EventSink
+from p2pkv.net.logs import logger
+from p2pkv.net.websockets import WEBSOCKET_ERRORS, dial_websocket, first_reason
+from p2pkv.wire.codec import peer_codec
+from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
+
+PEER_PATH = "/peer"
+STALL_S = 5.0
+"""A peer that takes longer for one message loses its link: it is as good as dead to those who wait for the next one."""
+FLUSH_S = 0.5
+"""A link that is closed may spend so long on what was sent before and on the closing handshake; leaving takes 2 s in all."""
+QUEUE_MESSAGES = 1024
+"""Of one link's outgoing queue: a snapshot of a million entries makes 500. A full queue closes the link."""
+QUEUE_NBYTES = 4 * MAX_MESSAGE_NBYTES
+"""The same in bytes: four of the longest messages."""
+
+_log = logger("links")
+
+
+class _Link:
+    """One open websocket, and what is queued for it."""
+
+    def __init__(self, link: LinkId, websocket: WebSocketConnection) -> None:
+        self.id = link
+        self.peer = _name(websocket.remote)
+        self.scope = trio.CancelScope()
+        self.loss = "cancelled"
+        self._websocket = websocket
+        self._into_queue, self._queue = trio.open_memory_channel[bytes](QUEUE_MESSAGES)
+        self._queued_nbytes = 0
+        self._is_closing = False
+
+    def send(self, message: Message) -> None:
+        """Enqueue `message`, unless the link is closing."""
+        if self._is_closing:
+            return
+        data = peer_codec().encode(message)
+        self._queued_nbytes += len(data)
+        try:
+            self._into_queue.send_nowait(data)
+            is_full = self._queued_nbytes > QUEUE_NBYTES
+        except trio.WouldBlock:
+            is_full = True
+        if is_full:
+            self._abort("it doesn't read what it is sent")
+
+    def close(self, reason: str) -> None:
+        """Send what is queued, then close, within `FLUSH_S`. The first reason given is the one reported."""
+        if not self._is_closing:
+            self._is_closing = True
+            self.loss = reason
+            self._into_queue.close()
+            self.scope.deadline = trio.current_time() + FLUSH_S
+
+    def _abort(self, reason: str) -> None:
+        self.close(reason)
+        self.scope.cancel()
+
+    async def write(self) -> None:
+        """Send what is queued until `close`, then end the websocket."""
+        try:
+            async for data in self._queue:
+                with trio.move_on_after(STALL_S) as stall:
+                    await self._websocket.send_message(data)
+                if stall.cancelled_caught:
+                    self._abort(f"it didn't take a message within {STALL_S:g} s")
+                self._queued_nbytes -= len(data)
+            await self._websocket.aclose()
+        except ConnectionClosed as closed:
+            self.close(_closed_reason(closed))
+
+    async def read(self, report: EventSink) -> None:
+        """Report what comes in, until the websocket ends or the peer breaks the protocol."""
+        try:
+            while True:
+                report(MessageReceived(self.id, _decode(await self._websocket.get_message())))
+        except ConnectionClosed as closed:
+            self.close(_closed_reason(closed))
+        except RemoteProtocolError as error:
+            _log.warning("a peer broke the protocol", link=self.id, peer=self.peer, reason=str(error))
+            self.send(Goodbye(Failure(ErrorCode.PROTOCOL_ERROR, str(error))))
+            self.close(f"it broke the protocol: {error}")
+
+
+class PeerLinks:
+    """All links of a node, dialed and accepted."""
+
+    def __init__(self) -> None:
+        self._links: dict[LinkId, _Link] = {}
+        self._ids = count(1)
+        self._link_lost = trio.Event()
+
+    async def dial(self, address: Address, report: EventSink) -> None:
+        """Open a link to `address` and keep it until it is lost; reports `DialFailed`, or `LinkOpened` and all that follows."""
+        failure: str | None = None
+        is_open = False
+        try:
+            async with dial_websocket(address, PEER_PATH) as websocket:
+                is_open = True
+                await self._keep(websocket, address, report)
+        except* WEBSOCKET_ERRORS as errors:
+            failure = first_reason(errors)
+        if not is_open:
+            _log.debug("dial failed", address=str(address), reason=failure)
+            report(DialFailed(address, failure or "it closed the connection"))
+
+    async def accept(self, request: WebSocketRequest, report: EventSink) -> None:
+        """Accept a peer's websocket and keep the link until it is lost, reporting all that happens to it."""
+        await self._keep(await request.accept(), None, report)
+
+    def send(self, link: LinkId, message: Message) -> None:
+        """Enqueue `message`; on a link that is lost already, nothing happens. A full queue closes the link."""
+        if link in self._links:
+            self._links[link].send(message)
+
+    def close(self, link: LinkId, reason: str) -> None:
+        """Close `link`, if it isn't lost already, after what was sent on it."""
+        if link in self._links:
+            self._links[link].close(reason)
+
+    async def close_all(self, reason: str) -> None:
+        """Close every link after what was sent on it; takes `FLUSH_S` at most."""
+        for link in self._links.values():
+            link.close(reason)
+        while self._links:
+            await self._link_lost.wait()
+
+    async def _keep(self, websocket: WebSocketConnection, dialed: Address | None, report: EventSink) -> None:
+        link = _Link(next(self._ids), websocket)
+        self._links[link.id] = link
+        report(LinkOpened(link.id, dialed))
+        try:
+            with link.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(link.write)
+                    await link.read(report)
+        finally:
+            del self._links[link.id]
+            self._link_lost.set()
+            self._link_lost = trio.Event()
+            _log.info("link lost", link=link.id, peer=link.peer, reason=link.loss)
+            report(LinkLost(link.id, link.loss))
+
+
+def _name(end: Endpoint | str) -> str:
+    return end if isinstance(end, str) else f"{end.address}:{end.port}"
+
+
+def _decode(data: str | bytes) -> Message:
+    if isinstance(data, str):
+        raise RemoteProtocolError("a text message; peers speak msgpack")
+    return peer_codec().decode(data)
+
+
+def _closed_reason(closed: ConnectionClosed) -> str:
+    reason = closed.reason
+    return "the connection broke" if reason is None else f"it closed the link: {reason.reason or reason.name}"

@@ -1,0 +1,1 @@
+"""LocalCPUBackend: the bytes of chunks, in memory that processes share."""

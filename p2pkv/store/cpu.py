@@ -1,0 +1,153 @@
+"""LocalCPUBackend's bytes: one memfd for each shard, staged or resident.
+
+The core decides what is held, and for how long; this keeps the descriptors and closes each of them exactly once. Memory that
+was outside this process is closed, never used again: somebody may still map it.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from p2pkv.core.ids import StageId
+from p2pkv.core.keys import ChunkKey
+from p2pkv.errors import ForeignMemoryError, SealRefusedError
+from p2pkv.store import memory
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """What a store holds.
+
+    Attributes:
+        resident_count: Chunks that are held.
+        resident_nbytes: Their memory, in whole pages.
+        staged_count: Chunks of which at least one shard is staged.
+        staged_nbytes: Memory of the staged shards, in whole pages.
+        descriptor_count: Open descriptors, one a shard.
+    """
+
+    resident_count: int
+    resident_nbytes: int
+    staged_count: int
+    staged_nbytes: int
+    descriptor_count: int
+
+
+@dataclass(slots=True)
+class _Shard:
+    descriptor: int
+    nbytes: int
+    is_sealed: bool
+
+
+_Shards = dict[int, _Shard]
+"""By worker."""
+
+
+class CpuStore:
+    """Memfds by chunk key and worker. Every call is short and belongs on the event loop; nothing here waits."""
+
+    def __init__(self) -> None:
+        self._staged: dict[tuple[StageId, ChunkKey], _Shards] = {}
+        self._resident: dict[ChunkKey, _Shards] = {}
+
+    def lend(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> int:
+        """Stage fresh memory for an engine to write.
+
+        Returns:
+            Its descriptor, which stays the store's. Whoever gets it may write until `seal`.
+        """
+        descriptor = memory.create(nbytes)
+        self._stage(stage, key, worker, _Shard(descriptor, memory.page_rounded(nbytes), is_sealed=False))
+        return descriptor
+
+    def seal(self, stage: StageId, key: ChunkKey, worker: int) -> None:
+        """Make a lent shard read-only for good. It stays staged, refused or not, until it is admitted or dropped.
+
+        Raises:
+            SealRefusedError: It is still mapped, was never wholly written, or isn't staged any more.
+        """
+        shard = self._staged.get((stage, key), {}).get(worker)
+        if shard is None:
+            raise SealRefusedError("it was taken back: its lease has expired")
+        memory.seal(shard.descriptor)
+        shard.is_sealed = True
+
+    def adopt(self, stage: StageId, key: ChunkKey, worker: int, descriptor: int, nbytes: int) -> None:
+        """Stage memory that another process has sealed.
+
+        Args:
+            stage: Who brings it.
+            key: The chunk it is a shard of.
+            worker: Which shard.
+            descriptor: The store's from now on, also when it is refused.
+            nbytes: Payload that was announced.
+
+        Raises:
+            ForeignMemoryError: It isn't sealed memory of that size. It was closed.
+        """
+        try:
+            memory.check_foreign(descriptor, nbytes)
+        except ForeignMemoryError:
+            os.close(descriptor)
+            raise
+        self._stage(stage, key, worker, _Shard(descriptor, memory.page_rounded(nbytes), is_sealed=True))
+
+    def admit(self, stage: StageId, key: ChunkKey) -> None:
+        """Make a staged chunk resident. All its shards are sealed; a resident chunk of the same key is closed."""
+        shards = self._staged[stage, key]
+        assert all(shard.is_sealed for shard in shards.values()), f"chunk {key.hex()} is not sealed"
+        _close(self._resident.pop(key, {}))
+        self._resident[key] = self._staged.pop((stage, key))
+
+    def drop(self, stage: StageId, key: ChunkKey, worker: int | None = None) -> None:
+        """Close a staged chunk, or only one worker's shard. What isn't staged (any more) needs no dropping."""
+        shards = self._staged.get((stage, key), {})
+        workers = list(shards) if worker is None else [worker]
+        _close({each: shards.pop(each) for each in workers if each in shards})
+        if not shards:
+            self._staged.pop((stage, key), None)
+
+    def release(self, keys: Iterable[ChunkKey]) -> None:
+        """Close resident chunks. Who maps them keeps their memory alive until he unmaps it."""
+        for key in keys:
+            _close(self._resident.pop(key))
+
+    def descriptors(self, key: ChunkKey) -> tuple[int, ...]:
+        """Descriptors of a resident chunk's shards, in order of workers; they stay the store's."""
+        shards = self._resident[key]
+        return tuple(shards[worker].descriptor for worker in sorted(shards))
+
+    def statistics(self) -> StoreStatistics:
+        """What is held now."""
+        resident = list(_each(self._resident.values()))
+        staged = list(_each(self._staged.values()))
+        return StoreStatistics(
+            resident_count=len(self._resident),
+            resident_nbytes=sum(shard.nbytes for shard in resident),
+            staged_count=len(self._staged),
+            staged_nbytes=sum(shard.nbytes for shard in staged),
+            descriptor_count=len(resident) + len(staged),
+        )
+
+    def close(self) -> None:
+        """Close everything."""
+        for shards in (*self._staged.values(), *self._resident.values()):
+            _close(shards)
+        self._staged.clear()
+        self._resident.clear()
+
+    def _stage(self, stage: StageId, key: ChunkKey, worker: int, shard: _Shard) -> None:
+        shards = self._staged.setdefault((stage, key), {})
+        if worker in shards:
+            os.close(shards[worker].descriptor)
+        shards[worker] = shard
+
+
+def _each(chunks: Iterable[_Shards]) -> Iterator[_Shard]:
+    return (shard for shards in chunks for shard in shards.values())
+
+
+def _close(shards: _Shards) -> None:
+    for shard in shards.values():
+        os.close(shard.descriptor)

@@ -1,0 +1,1 @@
+"""Messages to bytes and back, and how large anything from outside may be."""

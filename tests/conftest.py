@@ -1,0 +1,26 @@
+"""What every test may use."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Every run tries the same few examples. P2PKV_TEST_EXAMPLES=10000 looks for new ones instead. Either way a failure prints the
+# line that reproduces it.
+settings.register_profile("default", derandomize=True, max_examples=50, deadline=None, print_blob=True)
+if "P2PKV_TEST_EXAMPLES" in os.environ:
+    examples = int(os.environ["P2PKV_TEST_EXAMPLES"])
+    settings.register_profile("long", max_examples=examples, deadline=None, print_blob=True)
+    settings.load_profile("long")
+else:
+    settings.load_profile("default")
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """An empty 0700 directory, removed afterwards; its path is short, as a unix socket's has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="p2pkv-") as directory:
+        yield Path(directory)

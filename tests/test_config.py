@@ -1,0 +1,230 @@
+"""The configuration: what is taken, what is refused, and that every problem is told at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from p2pkv.config import NodeConfig
+from p2pkv.core.ids import Address
+from p2pkv.errors import ConfigError
+
+PAIR = Path(__file__).parent.parent / "topology" / "pair"
+NEEDED = "lmcache_instance_id: a\nlmcache_worker_port: 8002\n"
+Write = Callable[[str | bytes], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes an instance's yaml."""
+
+    def write_file(content: str | bytes) -> Path:
+        path = tmp_path / "instance.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write_file
+
+
+def problems(path: Path, environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        NodeConfig.from_yaml(path, environ or {})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "ws_port", "transfer_port"), [(1, 8002, 8004), (2, 8003, 8005)])
+def test_the_seeds_files_need_no_change(number: int, ws_port: int, transfer_port: int) -> None:
+    config = NodeConfig.from_yaml(PAIR / f"instance{number}.yaml", {})
+    assert config.lmcache_instance_id == f"lmcache_instance_{number}"
+    assert config.ws_address == Address("127.0.0.1", ws_port)
+    assert config.distributed_url == Address("localhost", transfer_port)
+    assert config.controller_url == Address("localhost", 9001)
+    assert config.controller_http_url == Address("localhost", 9000)
+    assert config.cpu_limit_nbytes == 5 * 2**30
+    assert config.warnings == ()
+
+
+def test_every_problem_is_told_at_once_with_the_nearest_known_key(write: Write) -> None:
+    text = problems(
+        write("chunk_sise: 128\nmax_local_cpu_size: -1\nlmcache_worker_port: 99999\nlmcache_instance_id: 'a b'\nfoo_bar: 1\n")
+    )
+    assert "has 5 problems" in text
+    assert "chunk_sise: unknown key; did you mean chunk_size?" in text
+    assert "foo_bar: unknown key\n" in text
+    assert "max_local_cpu_size: should be greater than 0, not -1" in text
+    assert "lmcache_worker_port: should be less than or equal to 65535, not 99999" in text
+    assert "lmcache_instance_id: must be 1 to 64 letters" in text
+
+
+def test_what_is_missing_is_named(write: Write) -> None:
+    text = problems(write("chunk_size: 16\n"))
+    assert "lmcache_instance_id: is required" in text
+    assert "lmcache_worker_port: is required" in text
+
+
+@pytest.mark.parametrize("size", ["0", "65537", "true", "'x'", "1.5", "[1]"])
+def test_chunk_sizes_out_of_range_or_of_another_type_are_refused(write: Write, size: str) -> None:
+    assert "chunk_size: " in problems(write(f"{NEEDED}chunk_size: {size}\n"))
+
+
+@pytest.mark.parametrize("limit", ["0", ".inf", ".nan", "false", "lots"])
+def test_memory_limits_are_positive_finite_numbers(write: Write, limit: str) -> None:
+    assert "max_local_cpu_size: " in problems(write(f"{NEEDED}max_local_cpu_size: {limit}\n"))
+
+
+def test_a_fraction_of_a_gibibyte_is_a_limit(write: Write) -> None:
+    assert NodeConfig.from_yaml(write(f"{NEEDED}max_local_cpu_size: 0.25\n"), {}).cpu_limit_nbytes == 2**28
+
+
+@pytest.mark.parametrize("name", ["''", "'a/b'", "'..'", "'a~b'", f"'{'x' * 65}'", "'ä'", "5"])
+def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> None:
+    assert "lmcache_instance_id: " in problems(write(f"lmcache_instance_id: {name}\nlmcache_worker_port: 1\n"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "local_cpu: false",
+        "local_disk: file:///tmp/x",
+        "same_host_handoff: false",
+        "cluster_key: secret-key",
+        "cluster_key_file: /secret-key",
+        "tls_cert: /c",
+        "tls_key: /k",
+        "tls_ca: /a",
+        "transfer_streams: 4",
+        "transfer_rate_limit: 100",
+        "peer_fetch: true",
+        "allowed_peer_networks: ['10.0.0.0/8']",
+        "insecure_network: true",
+        "gossip: {probe_s: 1}",
+    ],
+)
+def test_what_this_version_does_not_have_yet_is_refused_by_name(write: Write, line: str) -> None:
+    text = problems(write(f"{NEEDED}{line}\n"))
+    assert f"{line.partition(':')[0]}: this version doesn't have it yet" in text
+    assert "secret-key" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bind_host: 0.0.0.0",
+        "advertise_host: example.org",
+        "contacts: ['10.0.0.1:8002']",
+        "controller_url: example.org:9001",
+        "controller_http_url: 192.168.0.1:9000",
+        "distributed_url: 10.0.0.1:8004",
+    ],
+)
+def test_addresses_off_this_host_are_refused_for_now(write: Write, line: str) -> None:
+    assert "this version serves loopback only" in problems(write(f"{NEEDED}{line}\n"))
+
+
+@pytest.mark.parametrize("url", ["localhost", "localhost:", ":80", "localhost:0", "localhost:65536", "localhost:x", "5"])
+def test_what_is_no_address_is_refused(write: Write, url: str) -> None:
+    assert "distributed_url: must be host:port" in problems(write(f"{NEEDED}distributed_url: '{url}'\n"))
+
+
+def test_contacts_are_loopback_addresses_of_either_family(write: Write) -> None:
+    config = NodeConfig.from_yaml(write(f"{NEEDED}contacts: ['localhost:1', '[::1]:2', '127.0.0.9:3']\n"), {})
+    assert config.contacts == (Address("localhost", 1), Address("::1", 2), Address("127.0.0.9", 3))
+
+
+def test_keys_of_lmcache_without_meaning_warn_once_each_and_say_why(write: Write) -> None:
+    config = NodeConfig.from_yaml(write(f"{NEEDED}remote_url: lm://x:1\nsave_unfull_chunk: false\ngds_path: null\n"), {})
+    assert len(config.warnings) == 3
+    assert "remote_url has no meaning here: there is no remote store" in config.warnings
+    assert all("has no meaning here: " in warning for warning in config.warnings)
+
+
+def test_worker_ports_are_taken_as_a_list_too(write: Write) -> None:
+    config = NodeConfig.from_yaml(write("lmcache_instance_id: a\nlmcache_worker_ports: [8002]\n"), {})
+    assert config.lmcache_worker_port == 8002
+    assert config.warnings == ()
+
+
+def test_of_several_worker_ports_the_first_is_used_and_a_warning_says_so(write: Write) -> None:
+    config = NodeConfig.from_yaml(write("lmcache_instance_id: a\nlmcache_worker_ports: [8002, 8003]\n"), {})
+    assert config.lmcache_worker_port == 8002
+    assert config.warnings == ("lmcache_worker_ports: one websocket port serves all workers, 8002 is used",)
+
+
+def test_two_names_of_one_key_must_not_contradict_each_other(write: Write) -> None:
+    text = problems(write(f"{NEEDED}lmcache_worker_ports: [8003]\n"))
+    assert "lmcache_worker_ports: contradicts lmcache_worker_port" in text
+    same = NodeConfig.from_yaml(write(f"{NEEDED}lmcache_worker_ports: [8002]\n"), {})
+    assert same.lmcache_worker_port == 8002
+
+
+def test_variables_override_the_file_and_ours_override_lmcaches(write: Write) -> None:
+    environ = {
+        "LMCACHE_CHUNK_SIZE": "16",
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": "1.5",
+        "P2PKV_CHUNK_SIZE": "32",
+        "P2PKV_ENABLE_CONTROLLER": "false",
+        "P2PKV_CONTACTS": "localhost:1, localhost:2",
+        "LMCACHE_LMCACHE_WORKER_PORTS": "[9,10]",
+        "P2PKV_ZONE": "",
+        "P2PKV_RUNTIME_DIR": "/x",
+        "LMCACHE_LOG_LEVEL": "DEBUG",
+        "LMCACHE_ZONE": "not LMCache's key",
+    }
+    config = NodeConfig.from_yaml(write(f"{NEEDED}zone: here\n"), environ)
+    assert config.chunk_size == 32
+    assert config.max_local_cpu_size == 1.5
+    assert config.enable_controller is False
+    assert config.contacts == (Address("localhost", 1), Address("localhost", 2))
+    assert config.lmcache_worker_port == 9
+    assert config.zone == "here"
+
+
+def test_problems_in_variables_are_told_by_their_names(write: Write) -> None:
+    text = problems(write(NEEDED), {"LMCACHE_CHUNK_SIZE": "many", "P2PKV_CHUNKSIZE": "1"})
+    assert "LMCACHE_CHUNK_SIZE: should be a valid integer" in text
+    assert "P2PKV_CHUNKSIZE: unknown key; did you mean P2PKV_CHUNK_SIZE?" in text
+
+
+def test_a_variable_names_the_file(write: Write) -> None:
+    path = write(NEEDED)
+    assert NodeConfig.from_environ({"LMCACHE_CONFIG_FILE": str(path)}).lmcache_instance_id == "a"
+    assert NodeConfig.from_environ({"P2PKV_CONFIG_FILE": str(path), "LMCACHE_CONFIG_FILE": "/no"}).chunk_size == 256
+
+
+def test_variables_alone_are_enough() -> None:
+    config = NodeConfig.from_environ({"P2PKV_LMCACHE_INSTANCE_ID": "5", "LMCACHE_LMCACHE_WORKER_PORT": "8002"})
+    assert (config.lmcache_instance_id, config.lmcache_worker_port) == ("5", 8002)
+    with pytest.raises(ConfigError, match="the environment has 2 problems"):
+        NodeConfig.from_environ({})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "must hold a mapping"),
+        (b"- 1\n", "must hold a mapping"),
+        (b"a: [\n", "isn't valid YAML"),
+        (b"\xff\xfe", "isn't UTF-8"),
+        (b"\x00", "isn't valid YAML"),
+        (b"a: 1\nb: 2\na: 3\n", "the key a is there twice, line 3"),
+        (b"a: 2026-13-45\n", "isn't valid YAML"),
+        (b"? [1]\n: 2\n", "isn't valid YAML"),
+        (b"a: !!python/name:os.system\n", "isn't valid YAML"),
+        (b"[" * 5_000, "isn't valid YAML: it is nested too deeply"),
+    ],
+)
+def test_files_that_are_no_yaml_mapping_are_refused_with_a_sentence(write: Write, content: bytes, reason: str) -> None:
+    path = write(content)
+    text = problems(path)
+    assert text.startswith(str(path))
+    assert reason in text
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "No such file" in problems(tmp_path / "missing.yaml")
+    assert "Is a directory" in problems(tmp_path)
+
+
+def test_a_null_means_the_default(write: Write) -> None:
+    config = NodeConfig.from_yaml(write(f"{NEEDED}chunk_size: null\nlocal_disk:\n"), {})
+    assert config.chunk_size == 256
