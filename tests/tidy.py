@@ -125,8 +125,11 @@ def confinement(source: Source) -> Iterator[Problem]:
 
 # --- the pure core --------------------------------------------------------------------------------------------------------
 
-PURE_STDLIB = {"bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools", "math", "operator"}
-PURE_MODULES = {*PURE_STDLIB, "random.Random", "re", "struct", "typing", "annotated_types", "p2pkv.core", "p2pkv.errors"}
+PURE_STDLIB = set(
+    "array bisect collections dataclasses enum functools hashlib heapq itertools math operator random.Random re struct"
+    " sys.byteorder typing".split()
+)
+PURE_MODULES = {*PURE_STDLIB, "annotated_types", "p2pkv.core", "p2pkv.errors"}
 """All that core/ may import. `Random` is there as the type of a parameter."""
 IMPURE_BUILTINS = {
     "open": "the shell does all input and output",

@@ -13,9 +13,11 @@ Not decided here: what is stored, or for how long.
 """
 
 import struct
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from sys import byteorder
 from typing import Annotated
 
 from annotated_types import Ge, Le, Len
@@ -179,6 +181,23 @@ def tail_keys(parent: ChunkKey, tokens: TokenBytes) -> Iterator[tuple[int, Chunk
 def fingerprint(key: ChunkKey) -> Fingerprint:
     """What gossip carries of `key`."""
     return int.from_bytes(key[:8], "big")
+
+
+def pack_tokens(tokens: Iterable[int]) -> TokenBytes:
+    """Token ids as the core has them.
+
+    Raises:
+        ValueError: One isn't an integer from 0 to `MAX_TOKEN_ID`; the text says which.
+    """
+    try:
+        packed = array("i", tokens)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"tokens must be integers from 0 to {MAX_TOKEN_ID}: {error}") from error
+    if min(packed, default=0) < 0:
+        raise ValueError(f"tokens must be integers from 0 to {MAX_TOKEN_ID}: {min(packed)} isn't")
+    if byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def token_count(tokens: TokenBytes) -> int:

@@ -7,6 +7,7 @@ The shell owns clock, sockets and memory (`net/driver`); the simulator is anothe
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from random import Random
 from typing import assert_never
@@ -78,6 +79,7 @@ class Machine:
         self._views: dict[InstanceId, InventoryView] = {}
         self._sent_sequence = 0
         self._status_at = now
+        self._settled_at = now
         self._flush_at = inf
         self._leave_by = inf
         self.is_leaving = False
@@ -87,6 +89,7 @@ class Machine:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """One thing happened."""
+        self._notice_stall(now)
         self._dispatch(event, now)
         return self._settle(now)
 
@@ -106,9 +109,7 @@ class Machine:
 
     def wake(self, now: float) -> list[Effect]:
         """Do what is due."""
-        lag_s = now - self.wakeup_at()
-        if lag_s > STALL_S:
-            self._membership.stalled(lag_s)
+        self._notice_stall(now)
         self._membership.wake(now)
         self._sources.wake(now)
         self._targets.wake(now)
@@ -121,6 +122,13 @@ class Machine:
             self._status_at = now + STATUS_S
             self._send_status()
         return self._settle(now)
+
+    def _notice_stall(self, now: float) -> None:
+        """Something has been due for long, and nothing was done meanwhile: this node itself stood still."""
+        if now - self._settled_at > STALL_S:
+            lag_s = now - max(self._settled_at, self.wakeup_at())
+            if lag_s > STALL_S:
+                self._membership.stalled(lag_s)
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two events: for simulator, tests and fixtures."""
@@ -162,8 +170,10 @@ class Machine:
         return self._serving.lookup(client, identity, tokens)
 
     def members(self) -> tuple[MemberRecord, ...]:
-        """All members, oneself included, by name."""
-        return self._membership.records()
+        """All members, oneself included, by name; one's own locations as they are at this moment."""
+        locations = self._holdings.statuses()
+        records = self._membership.records()
+        return tuple(replace(each, locations=locations) if each is self._membership.me else each for each in records)
 
     def inventory_of(self, instance: InstanceId) -> tuple[InventoryEntry, ...]:
         """What an instance holds, as far as is known here, in order of fingerprints; empty for one that isn't known."""
@@ -360,6 +370,7 @@ class Machine:
             self._send_status()
         if self._leave_by < inf and (now >= self._leave_by or not self._sources.has_open):
             self._stop(now)
+        self._settled_at = now
         return self._outbox.take_effects()
 
     def _follow(self, news: Joined | Lost, now: float) -> None:

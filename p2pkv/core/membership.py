@@ -185,15 +185,16 @@ class Membership:
         for link in self._links.values():
             link.opened_at += lag_s
             link.heard_at += lag_s
+            link.challenged_until += lag_s
         for member in self._members.values():
             member.lost_at += lag_s
 
     def heard(self, link: LinkId, now: float) -> bool:
-        """Something came in on a link; False when that link is forgotten already."""
+        """Something came in on a link; False when that link is forgotten already, or who is behind it waits for its name."""
         known = self._links.get(link)
         if known is not None:
             known.heard_at = now
-        return known is not None
+        return known is not None and known.challenge is None
 
     def refuse(self, link: LinkId, code: ErrorCode, detail: str, now: float) -> None:
         """Say why, and close the link: who is behind it is of no use to us, or broke the protocol."""
@@ -204,16 +205,16 @@ class Membership:
         """Close a link and forget it at once; its `LinkLost` is no news any more."""
         self._outbox.add(CloseLink(link=link, reason=reason))
         dropped = self._links.pop(link)
+        self._unlink(dropped, now)
         if dropped.dialed is not None:
             self._dials.failed(dropped.dialed, now)
-        self._unlink(dropped, now)
 
     # --- messages ---------------------------------------------------------------------------------------------------------
 
     def hello(self, link: LinkId, hello: Hello, now: float) -> None:
         """The other end introduces itself."""
         peer = self._links[link]
-        if peer.instance is not None or peer.challenge is not None:
+        if peer.instance is not None:
             self.refuse(link, ErrorCode.PROTOCOL_ERROR, "A second Hello on one link.", now)
         elif PROTOCOL_VERSION not in hello.versions:
             detail = f"You speak protocol versions {hello.versions}, {self.me.instance!r} speaks {PROTOCOL_VERSION}."
@@ -334,12 +335,14 @@ class Membership:
 
     def wakeup_at(self) -> float:
         """When `wake` has something to do."""
-        links = (
-            min(link.challenged_until, link.heard_at + SILENT_S if link.instance else link.opened_at + HANDSHAKE_S)
-            for link in self._links.values()
-        )
+        links = (self._closes_at(link) for link in self._links.values())
         members = (self._due_at(member) for member in self._members.values())
         return min(self._dials.wakeup_at(), min(links, default=inf), min(members, default=inf))
+
+    def _closes_at(self, link: _Link) -> float:
+        if link.challenge is not None:
+            return link.challenged_until
+        return link.opened_at + HANDSHAKE_S if link.instance is None else link.heard_at + SILENT_S
 
     def _due_at(self, member: _Member) -> float:
         if member.record.state is not MemberState.ALIVE:

@@ -16,7 +16,7 @@ from typing import Self
 from p2pkv.errors import P2pkvError
 from p2pkv.rendezvous import living_cards
 
-READY_S = 120.0
+READY_S = 90.0
 """A node is ready in 1.5 s, an engine when torch is loaded: 5 s, or a minute where everything starts from a cold disk."""
 END_S = 5.0
 """A node leaves within 2 s."""

@@ -1,8 +1,6 @@
 """What an engine uses: its instance's chunks as tensors, through the node's unix socket."""
 
 import os
-import sys
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +12,7 @@ from typing import Self
 import torch
 
 from p2pkv.config import NodeConfig
-from p2pkv.core.keys import MAX_TOKEN_ID, MAX_TOKENS, Identity, Media, TokenBytes
+from p2pkv.core.keys import MAX_TOKENS, Identity, Media, TokenBytes, pack_tokens
 from p2pkv.engines.autostart import connect_or_start
 from p2pkv.engines.connection import EngineConnection
 from p2pkv.engines.layout import KVLayout, read_shard, write_shard
@@ -229,14 +227,9 @@ def _packed(tokens: Tokens) -> TokenBytes:
     try:
         if len(tokens) > MAX_TOKENS:
             raise _invalid(f"{len(tokens)} tokens are more than {MAX_TOKENS}")
-        packed = array("i", tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens))  # bytes would be taken raw
-    except (TypeError, OverflowError) as error:
-        raise _invalid(f"tokens must be integers from 0 to {MAX_TOKEN_ID}: {error}") from error
-    if min(packed, default=0) < 0:
-        raise _invalid(f"tokens must be integers from 0 to {MAX_TOKEN_ID}: {min(packed)} isn't")
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+        return pack_tokens(tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens))  # bytes would be taken raw
+    except (TypeError, ValueError) as error:
+        raise _invalid(f"these tokens are no prompt: {error}") from error
 
 
 def _complete(identity: Identity | None) -> Identity:

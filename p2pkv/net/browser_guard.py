@@ -10,7 +10,8 @@ A browser always tells the truth in these three headers, and other clients have 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+from p2pkv.config import is_loopback
+
 OUR_FETCH_SITES = ("same-origin", "none")
 MISDIRECTED = 421
 FORBIDDEN = 403
@@ -33,11 +34,15 @@ def refuse_browser(*, host: str | None, origin: str | None, fetch_site: str | No
         fetch_site: `Sec-Fetch-Site`; None when absent.
         ports: All ports that this node's doors listen on.
     """
-    ours = {f"{name}:{port}" for name in LOOPBACK_NAMES for port in ports}
-    if host is None or host.lower() not in ours:
-        return Refusal(MISDIRECTED, "the Host header names no address of this node; ask it by localhost and its port")
-    if origin is not None and origin.lower() not in {f"http://{name}" for name in ours}:
-        return Refusal(FORBIDDEN, "web pages of other origins may not talk to this node")
-    if fetch_site is not None and fetch_site.lower() not in OUR_FETCH_SITES:
-        return Refusal(FORBIDDEN, "web pages of other sites may not talk to this node")
+    if host is None or not _is_ours(host, ports):
+        return Refusal(MISDIRECTED, "The Host header names no address of this node; ask it by localhost and its port.")
+    if origin is not None and not (origin.startswith("http://") and _is_ours(origin.removeprefix("http://"), ports)):
+        return Refusal(FORBIDDEN, "Web pages of other origins may not talk to this node.")
+    if fetch_site is not None and fetch_site not in OUR_FETCH_SITES:
+        return Refusal(FORBIDDEN, "Web pages of other sites may not talk to this node.")
     return None
+
+
+def _is_ours(authority: str, ports: Collection[int]) -> bool:
+    name, _, port = authority.lower().rpartition(":")
+    return is_loopback(name.removeprefix("[").removesuffix("]")) and port in map(str, ports)

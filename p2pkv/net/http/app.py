@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 
 from p2pkv.core.effects import AnswerValue
 from p2pkv.core.events import CancelRequested, EventAsked, MoveRequested
-from p2pkv.core.keys import Identity
+from p2pkv.core.keys import Identity, pack_tokens
 from p2pkv.core.records import EventRecord, EventState
 from p2pkv.errors import ErrorCode, Failure, UnavailableError
 from p2pkv.net.driver import Driver
@@ -26,7 +26,7 @@ from p2pkv.net.http.replies import (
     event_reply,
     member_reply,
 )
-from p2pkv.net.http.requests import CheckFinishBody, LookupBody, MoveBody, pack_tokens, parse_position
+from p2pkv.net.http.requests import CheckFinishBody, LookupBody, MoveBody, parse_position
 
 _router = APIRouter()
 

@@ -3,8 +3,6 @@
 Validated strictly: unknown fields, numbers as text, true as 1 and the like are refused.
 """
 
-import sys
-from array import array
 from typing import Annotated
 
 from annotated_types import Ge, Le, Len
@@ -12,7 +10,7 @@ from pydantic import ConfigDict, FailFast, Field
 from pydantic.dataclasses import dataclass as validated
 
 from p2pkv.core.ids import EVENT_ID_MAX_LENGTH, Location, Position, is_instance_id
-from p2pkv.core.keys import MAX_TOKEN_ID, MAX_TOKENS, TokenBytes
+from p2pkv.core.keys import MAX_TOKEN_ID, MAX_TOKENS
 from p2pkv.core.records import Operation, Selection
 from p2pkv.errors import ErrorCode, Failure, InvalidRequestError, UnknownLocationError, UnknownNameError
 
@@ -114,11 +112,3 @@ def parse_position(position: tuple[str, str]) -> Position:
         known = " and ".join(Location)
         detail = f"There is no location {location!r}; locations are {known}."
         raise UnknownLocationError(Failure(ErrorCode.UNKNOWN_LOCATION, detail)) from error
-
-
-def pack_tokens(tokens: list[int]) -> TokenBytes:
-    """Token ids as little-endian int32."""
-    packed = array("i", tokens)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
