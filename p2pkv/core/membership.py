@@ -178,6 +178,7 @@ class Membership:
             member.lost_at = now
             member.failed_dials = 0
             self._dials.add(member.record.ws, is_contact=False, now=now)
+            self._dials.reached(member.record.ws, lost.instance)
         self._challenge_over(lost.instance, now)
 
     def stalled(self, lag_s: float) -> None:

@@ -188,7 +188,7 @@ class Serving:
                 del self._assembling[key]
                 self._holdings.own_staged(self._book, residency, stage=ENGINE_STAGE, now=now)
         for residency in reversed(lease.leased):
-            if residency.is_owned:
+            if self._book.get(residency.chunk.key) is residency and residency.is_owned:  # a move may have taken it away
                 self._book.touch(residency, now)
         self._end_lease(event.lease)
         self._outbox.answer(event.request, _end_of(self._match(client, lease.root, lease.tokens)))

@@ -185,11 +185,13 @@ class EngineCache:
                 return done, kv[:, :, :done] if done else None
 
     def close(self) -> None:
-        """Detach. What was stored stays; the node goes on."""
+        """Detach. What was stored stays; the node goes on. A call that another thread is in ends with `NodeUnreachableError`."""
+        if self._process != os.getpid():
+            self._leave_parent()
         with self._lock:
             self._is_closed = True
             if self._connection is not None:
-                self._connection.close()
+                self._connection.shut_down()
 
     def __enter__(self) -> Self:
         return self

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Self, TypeVar
@@ -50,6 +50,12 @@ class EngineConnection:
     def close(self) -> None:
         """Close this process's end. What is leased to it ends with it, unless a forked process shares it."""
         self._socket.close()
+
+    def shut_down(self) -> None:
+        """End the connection for every process that shares it, and wake the threads that wait on it."""
+        with suppress(OSError):  # it may have ended already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     @contextmanager
     def exchange(self, request: EngineRequest, kind: type[Reply]) -> Iterator[tuple[Reply, list[int]]]:

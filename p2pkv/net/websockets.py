@@ -21,8 +21,8 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
+from p2pkv.browser_guard import Refusal, refuse_browser
 from p2pkv.core.ids import Address
-from p2pkv.net.browser_guard import Refusal, refuse_browser
 from p2pkv.net.logs import logger
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
 

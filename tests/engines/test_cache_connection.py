@@ -3,10 +3,11 @@
 import os
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -150,6 +151,24 @@ def test_a_reply_cut_off_in_its_middle_is_a_lost_connection(tmp_path: Path) -> N
 
     with node(tmp_path, half) as cache, pytest.raises(NodeUnreachableError, match="lost"):
         cache.lookup([1])
+
+
+def test_closing_wakes_a_call_that_waits_for_a_silent_node(tmp_path: Path) -> None:
+    is_asked, is_over = Event(), Event()
+
+    def say_nothing(connection: socket.socket) -> None:
+        reply(ATTACHED)(connection)
+        assert connection.recv(2**16)
+        is_asked.set()
+        is_over.wait(5)
+
+    with node(tmp_path, say_nothing) as cache, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cache.lookup, [1])
+        assert is_asked.wait(5)
+        cache.close()
+        with pytest.raises(NodeUnreachableError):
+            waiting.result(5)
+        is_over.set()
 
 
 def test_a_closed_cache_says_so(tmp_path: Path) -> None:

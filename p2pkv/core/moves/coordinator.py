@@ -14,7 +14,7 @@ from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import EventChanged
 from p2pkv.core.events import CancelRequested, EventAsked, MoveRequested
 from p2pkv.core.history import History
-from p2pkv.core.ids import EventId, InstanceId, Parties, RequestId, make_event_id, parse_event_id
+from p2pkv.core.ids import EventId, Generation, InstanceId, Parties, RequestId, make_event_id, parse_event_id
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import CancelRequest, EventReport, EventRequest, PlanAnswer, PlanRequest
 from p2pkv.core.moves.target import TargetMoves
@@ -55,6 +55,7 @@ class _Watch:
     """A move asked for here that hasn't ended, as far as is known."""
 
     parties: Parties
+    source_generation: Generation | None
     ends_at: float
     ask_at: float
 
@@ -175,7 +176,8 @@ class Coordinator:
             return
         if not answer.event.state.is_final:
             ends_at = now + self.config.move_deadline_s + DEADLINE_GRACE_S
-            self._watches[answer.event_id] = _Watch(parties, ends_at=ends_at, ask_at=now + RESEND_S)
+            generation = self._generation_of(sender)
+            self._watches[answer.event_id] = _Watch(parties, generation, ends_at=ends_at, ask_at=now + RESEND_S)
         self._put(answer.event, now)
         self.outbox.answer(plan.request, self.history.get(answer.event_id) or answer.event)
 
@@ -187,9 +189,11 @@ class Coordinator:
         questions = [ask for ask in (EventRequest(report.event_id), CancelRequest(report.event_id)) if ask in self._questions]
         if not questions and self.config.instance not in (parties.coordinator, parties.target):
             return
-        is_source_gone = self._unreachable(parties.source) is not None
+        is_source_gone = self._is_source_gone(report.event_id, parties.source)
         if report.event is not None and report.event.event_id == report.event_id:
-            if sender == parties.source or (is_source_gone and report.event.state.is_final):
+            if sender == parties.source and report.event_id in self._plans:
+                self.planned(PlanAnswer(report.event_id, report.event, failure=None), sender, now)
+            elif sender == parties.source or (is_source_gone and report.event.state.is_final):
                 self._put(report.event, now)
         elif is_source_gone and sender == parties.target and report.event_id in self._watches:
             self._give_up(report.event_id, f"Source {parties.source!r} was lost before anything had reached the target.", now)
@@ -199,6 +203,16 @@ class Coordinator:
                 question.waiting_for.clear()
             if not question.waiting_for:
                 self._resolve(question)
+
+    def _is_source_gone(self, event_id: EventId, source: InstanceId) -> bool:
+        """Whether the boot of `source` that planned this event, as far as is known, can't tell of it any more."""
+        watch = self._watches.get(event_id)
+        is_another = watch is not None and watch.source_generation != self._generation_of(source)
+        return is_another or self._unreachable(source) is not None
+
+    def _generation_of(self, instance: InstanceId) -> Generation | None:
+        record = self.membership.record_of(instance)
+        return None if record is None else record.generation
 
     def _resolve(self, question: _Question) -> None:
         del self._questions[question.ask]
@@ -256,7 +270,7 @@ class Coordinator:
         known = self.history.get(event_id)
         if (known is not None and known.state.is_final) or parties.source == self.config.instance:
             del self._watches[event_id]
-        elif self._unreachable(parties.source) is None:
+        elif not self._is_source_gone(event_id, parties.source):
             self.outbox.send(parties.source, EventRequest(event_id))
         elif self.targets.is_open(event_id):
             return

@@ -105,10 +105,12 @@ class ReferenceEngine:
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_prompt(tokens, max_tokens)
         with torch.inference_mode():
-            past, held_count = self._load(tokens, identity)
+            loaded = self._load(tokens, identity)
+            past = DynamicCache() if loaded is None else loaded
             cached_count = past.get_seq_length()
             logits = self._compute_prompt(tokens, past, checkpoint)
-            self._keep(tokens, past, held_count, identity)
+            if self._cache is not None and loaded is not None:
+                self._keep(self._cache, tokens, past, identity)
             answer = self._compute_answer(logits, past, max_tokens, checkpoint)
         return Completion(
             text=self.model.tokenizer.decode(answer),
@@ -118,31 +120,27 @@ class ReferenceEngine:
             finish_reason=FinishReason.STOP if answer[-1] in self.model.end_tokens else FinishReason.LENGTH,
         )
 
-    def _load(self, tokens: list[int], identity: Identity | None) -> tuple[DynamicCache, int | None]:
-        """The cache to go on from, and how many tokens p2pkv holds; None when it can't say and should be left alone."""
+    def _load(self, tokens: list[int], identity: Identity | None) -> DynamicCache | None:
+        """The cache to go on from; None without p2pkv, or when it fails and should be left alone."""
         if self._cache is None:
-            return DynamicCache(), None
+            return None
         try:
             held_count, kv = self._cache.retrieve(tokens, identity=identity)
         except P2pkvError as error:
             self._note(f"nothing could be loaded: {error}")
-            return DynamicCache(), None
+            return None
         usable_count = min(held_count, len(tokens) - 1)
-        if kv is None or usable_count == 0:
-            return DynamicCache(), held_count
-        return cache_of_kv(kv[:, :, :usable_count]), held_count
+        return DynamicCache() if kv is None or usable_count == 0 else cache_of_kv(kv[:, :, :usable_count])
 
-    def _keep(self, tokens: list[int], past: DynamicCache, held_count: int | None, identity: Identity | None) -> None:
-        if self._cache is None or held_count is None:
-            return
+    def _keep(self, cache: EngineCache, tokens: list[int], past: DynamicCache, identity: Identity | None) -> None:
+        """Store the prompt, also when all of it was found inside longer chunks: it is to be moved by its own tokens."""
         try:
-            if held_count < len(tokens):
-                kv = kv_of_cache(past, layout_of(self.model.network.config), len(tokens))
-                held_count = self._cache.store(tokens, kv, identity=identity)
+            kv = kv_of_cache(past, layout_of(self.model.network.config), len(tokens))
+            stored_count = cache.store(tokens, kv, identity=identity)
         except P2pkvError as error:
             self._note(f"the prompt could not be stored: {error}")
         else:
-            self._note(None if held_count == len(tokens) else "the store has no room for the whole prompt")
+            self._note(None if stored_count == len(tokens) else "the store has no room for the whole prompt")
 
     def _compute_prompt(self, tokens: list[int], past: DynamicCache, checkpoint: Callable[[], None]) -> torch.Tensor:
         """Compute what `past` hasn't yet; the logits after the last token."""

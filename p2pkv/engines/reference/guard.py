@@ -1,9 +1,11 @@
 """Who may talk to the engine's door: programs of this host, in bodies of a limited size; no web page."""
 
+from collections.abc import Collection
+
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from p2pkv.config import is_loopback
+from p2pkv.browser_guard import refuse_browser
 from p2pkv.engines.reference.openai import ErrorDetail, ErrorReply
 
 MAX_BODY_NBYTES = 4 * 2**20
@@ -13,25 +15,32 @@ MAX_BODY_NBYTES = 4 * 2**20
 class DoorGuard:
     """An ASGI application that lets through to another what is no browser's, and no larger than it should be."""
 
-    def __init__(self, application: ASGIApp) -> None:
+    def __init__(self, application: ASGIApp, ports: Collection[int]) -> None:
         self._application = application
+        self._ports = ports
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         application = self._application
         if scope["type"] == "http":
             headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-            application = _refusal(scope["method"], headers) or application
+            application = self._refusal(scope["method"], headers) or application
         await application(scope, receive, send)
 
+    def _refusal(self, method: str, headers: dict[bytes, str]) -> ASGIApp | None:
+        """The answer that refuses such a request; None when it may go on."""
+        refusal = refuse_browser(
+            host=headers.get(b"host"),
+            origin=headers.get(b"origin"),
+            fetch_site=headers.get(b"sec-fetch-site"),
+            ports=self._ports,
+        )
+        if refusal is not None:
+            return _error(refusal.status, "ForbiddenError", refusal.reason)
+        return _size_refusal(method, headers)
 
-def _refusal(method: str, headers: dict[bytes, str]) -> ASGIApp | None:
-    """The answer that refuses such a request; None when it may go on."""
-    host = headers.get(b"host", "").rpartition(":")[0] or headers.get(b"host", "")
-    if not is_loopback(host.strip("[]")):
-        return _error(421, "MisdirectedRequestError", "the Host header doesn't name this machine; ask by localhost")
-    if b"origin" in headers or headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
-        return _error(403, "ForbiddenError", "web pages may not talk to this engine")
+
+def _size_refusal(method: str, headers: dict[bytes, str]) -> ASGIApp | None:
     length = headers.get(b"content-length", "")
     if method != "GET" and not length.isdecimal():
         return _error(411, "LengthRequiredError", "send a body with its Content-Length")

@@ -55,13 +55,14 @@ async def serve_engine(
     """
     node = config if isinstance(config, NodeConfig) else NodeConfig.from_yaml(config)
     with _bind(host, port) as listener:
-        url = f"http://{Address(host, listener.getsockname()[1])}"
+        port = listener.getsockname()[1]
+        url = f"http://{Address(host, port)}"
         model, cache, problem = await trio.to_thread.run_sync(partial(_set_up, config, model_directory), abandon_on_cancel=True)
         gc.freeze()  # else the interpreter spends 1.5 s at its end on collecting torch's objects
         with cache or nullcontext():
             front = EngineFront(ReferenceEngine(model, cache, problem), served_model_names)
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve, DoorGuard(build_app(front)), _server_config(listener))
+                await nursery.start(serve, DoorGuard(build_app(front), {port}), _server_config(listener))
                 typer.echo(f"p2pkv engine ready instance={node.lmcache_instance_id} url={url} model={front.names[0]}")
                 task_status.started(url)
 

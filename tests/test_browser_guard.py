@@ -2,7 +2,7 @@
 
 import pytest
 
-from p2pkv.net.browser_guard import refuse_browser
+from p2pkv.browser_guard import refuse_browser
 
 PORTS = frozenset({9000, 8002})
 
