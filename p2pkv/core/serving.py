@@ -178,7 +178,7 @@ class Serving:
             self._outbox.refuse(event.request, ErrorCode.DEADLINE_EXCEEDED, detail)
             return
         client = self._clients[event.client]
-        for key in reversed([key for key in event.sealed if key in lease.lent]):
+        for key in reversed([key for key in lease.lent if key in event.sealed]):
             residency = self._book.get(key)
             if residency is None or not isinstance(residency.slot, Writing):
                 continue

@@ -185,7 +185,7 @@ class EngineCache:
                 return done, kv[:, :, :done] if done else None
 
     def close(self) -> None:
-        """Detach. What was stored stays; the node goes on. A call that another thread is in ends with `NodeUnreachableError`."""
+        """Detach; what was stored stays. A call that another thread is in ends with `NodeUnreachableError`."""
         if self._process != os.getpid():
             self._leave_parent()
         with self._lock:

@@ -10,6 +10,7 @@ from itertools import count
 import trio
 from trio_websocket import ConnectionClosed, Endpoint, WebSocketConnection, WebSocketRequest
 
+from p2pkv.config import is_loopback
 from p2pkv.core.events import DialFailed, LinkLost, LinkOpened, MessageReceived
 from p2pkv.core.ids import Address, LinkId
 from p2pkv.core.messages import Goodbye, Message
@@ -108,6 +109,9 @@ class PeerLinks:
 
     async def dial(self, address: Address, report: EventSink) -> None:
         """Open a link to `address` and keep it until it is lost; reports `DialFailed`, or `LinkOpened` and all that follows."""
+        if not is_loopback(address.host):  # a peer may tell of any address; this version has no business elsewhere
+            report(DialFailed(address, "it isn't on this host"))
+            return
         failure: str | None = None
         is_open = False
         try:

@@ -161,6 +161,13 @@ async def test_nobody_there_is_a_failed_dial() -> None:
     assert [type(event) for event in peer.events] == [DialFailed]
 
 
+async def test_an_address_elsewhere_is_not_even_dialed() -> None:
+    peer = Peer()
+    address = Address("192.0.2.1", 8002)  # RFC 5737: nobody's
+    await peer.links.dial(address, peer.report)
+    assert peer.events == [DialFailed(address, "it isn't on this host")]
+
+
 async def test_somebody_who_never_answers_is_a_failed_dial_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websockets, "DIAL_S", 0.05)
     peer = Peer()
