@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [page for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
 FENCED = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\((?!\w+:)(?P<target>[^)#\s]+)")
+OURS = re.compile(r"\$ (?:\w+=\S* +)*(?P<program>p2pkv|\./dev)(?P<arguments>$| .*)")
 OPTION = re.compile(r"--[a-z][a-z-]+")
 
 
@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One line of a ```console block that begins with `$ `, without variables before it and pipes after it."""
+    """One of our commands after a `$ ` in a ```console block, without variables before it and pipes after it."""
 
     block: Block
     program: str
@@ -64,10 +64,9 @@ def commands() -> Iterator[Command]:
         if block.language != "console":
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
-            if line.startswith("$ "):
-                words = shlex.split(re.split(r" [|&>]", line[2:])[0], comments=True)
-                program, *arguments = dropwhile(lambda word: "=" in word, words)
-                yield Command(block, program, tuple(arguments))
+            if found := OURS.match(line):
+                words = shlex.split(re.split(r" [|&>]", found["arguments"])[0], comments=True)
+                yield Command(block, found["program"], tuple(words))
 
 
 def commands_of(program: str) -> list[Command]:

@@ -27,7 +27,7 @@ RULES = (tidy.import_wall, tidy.confinement, tidy.core_purity, tidy.core_order, 
 
 
 def report(problems: Iterable[tidy.Problem]) -> str:
-    return "\n".join(map(str, problems))
+    return "\n".join(dict.fromkeys(map(str, problems)))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

@@ -69,12 +69,13 @@ def is_within(name: str, package: str) -> bool:
 
 # --- the wall between the rooms -------------------------------------------------------------------------------------------
 
-SHARED = {"errors", "config", "rendezvous"}
+SHARED = {"errors", "config", "rendezvous", "browser_guard"}
 """Top-level modules that any room but the core may import."""
 WALL = {
     "errors": set[str](),
     "rendezvous": {"errors"},
     "config": {"core", "errors"},
+    "browser_guard": {"config"},
     "core": {"errors"},
     "wire": {"core", *SHARED},
     "store": {"core", *SHARED},
