@@ -149,7 +149,6 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         lane=lane,
         zone=config.zone,
         chunk_size=config.chunk_size,
-        cache_epoch=str(config.cache_epoch),
         cpu_limit_nbytes=config.cpu_limit_nbytes,
         descriptor_limit=_raise_descriptor_limit(),
         move_deadline_s=config.move_deadline_s,

@@ -20,7 +20,6 @@ class MachineConfig:
         lane: Where it hands descriptors over; None to never do so.
         zone: In the operator's words.
         chunk_size: Tokens in a full chunk.
-        cache_epoch: Stands for the weights where an engine doesn't name them.
         cpu_limit_nbytes: Hard limit of LocalCPUBackend, pages counted whole.
         descriptor_limit: Hard limit on shards held, a descriptor each.
         move_deadline_s: A move ends by then.
@@ -38,7 +37,6 @@ class MachineConfig:
     lane: LaneAddress | None
     zone: str
     chunk_size: int
-    cache_epoch: str
     cpu_limit_nbytes: int
     descriptor_limit: int
     move_deadline_s: float

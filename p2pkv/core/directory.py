@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from p2pkv.core.ids import InstanceId, Location
 from p2pkv.core.inventory import EntrySet
-from p2pkv.core.keys import TOKEN_NBYTES, ChunkKey, Fingerprint, TokenBytes, fingerprint, full_chunk_keys, tail_keys
+from p2pkv.core.keys import TOKEN_NBYTES, Fingerprint, fingerprint, full_chunk_keys, tail_keys
+from p2pkv.core.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +22,12 @@ class Held:
     num_tokens: int
 
 
-class Prompt:
-    """A prompt's fingerprints within one root, worked out once for all holders."""
+class PromptFingerprints:
+    """A prompt's fingerprints, worked out once for all holders."""
 
-    def __init__(self, root: ChunkKey, tokens: TokenBytes, chunk_size: int) -> None:
-        self._root = root
-        self._tokens = tokens
-        self._chunk_size = chunk_size
-        self._keys = full_chunk_keys(root, tokens, chunk_size)
+    def __init__(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+        self._keys = full_chunk_keys(prompt.root, prompt.tokens, prompt.chunk_size)
         self._full = [fingerprint(key) for key in self._keys]
         self._tails: dict[int, list[tuple[int, Fingerprint]]] = {}
 
@@ -40,18 +39,18 @@ class Prompt:
                 break
             full_count += 1
         tail = next((count for count, each in reversed(self._tail_after(full_count)) if each in held), 0)
-        return full_count * self._chunk_size + tail
+        return full_count * self._prompt.chunk_size + tail
 
     def _tail_after(self, full_count: int) -> list[tuple[int, Fingerprint]]:
         if full_count not in self._tails:
-            parent = self._keys[full_count - 1] if full_count else self._root
-            begin = full_count * self._chunk_size * TOKEN_NBYTES
-            rest = self._tokens[begin : begin + (self._chunk_size - 1) * TOKEN_NBYTES]
+            parent = self._keys[full_count - 1] if full_count else self._prompt.root
+            begin = full_count * self._prompt.chunk_size * TOKEN_NBYTES
+            rest = self._prompt.tokens[begin : begin + (self._prompt.chunk_size - 1) * TOKEN_NBYTES]
             self._tails[full_count] = [(count, fingerprint(key)) for count, key in tail_keys(parent, rest)]
         return self._tails[full_count]
 
 
-def longest_prefixes(prompts: list[Prompt], inventories: list[tuple[InstanceId, EntrySet]]) -> tuple[Held, ...]:
+def longest_prefixes(prompts: list[PromptFingerprints], inventories: list[tuple[InstanceId, EntrySet]]) -> tuple[Held, ...]:
     """For each position that holds any of `prompts` (one prompt in several namespaces), the longest prefix there."""
     found = []
     for instance, entries in inventories:

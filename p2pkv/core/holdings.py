@@ -30,7 +30,6 @@ class Holdings:
         limit = Room(config.cpu_limit_nbytes, config.descriptor_limit)
         self.books = {Location.LOCAL_CPU: Residencies(Location.LOCAL_CPU, limit, self.inventory)}
         self.namespaces: dict[bytes, Namespace] = {}
-        self.attached: dict[bytes, None] = {}
         self._outbox = outbox
         self._chunk_size = config.chunk_size
 

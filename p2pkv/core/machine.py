@@ -14,7 +14,7 @@ from typing import assert_never
 
 from p2pkv.core import messages
 from p2pkv.core.config import MachineConfig
-from p2pkv.core.directory import Held, Prompt, longest_prefixes
+from p2pkv.core.directory import Held, PromptFingerprints, longest_prefixes
 from p2pkv.core.effects import Effect, Stop
 from p2pkv.core.events import (
     CancelRequested,
@@ -40,14 +40,16 @@ from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId, LinkId
 from p2pkv.core.inventory import EntrySet, InventoryView
-from p2pkv.core.keys import Identity, TokenBytes, root_key
-from p2pkv.core.membership import Joined, Lost, Membership
+from p2pkv.core.keys import Identity, TokenBytes
+from p2pkv.core.membership import Membership
 from p2pkv.core.messages import InventoryEntry, Message
 from p2pkv.core.moves.coordinator import Coordinator
 from p2pkv.core.moves.source import SourceMoves
 from p2pkv.core.moves.source_move import LaneGrant
 from p2pkv.core.moves.target import TargetMoves
 from p2pkv.core.outbox import Outbox
+from p2pkv.core.peers import Joined, Lost
+from p2pkv.core.prompt import prompt_of
 from p2pkv.core.records import EventRecord, MemberRecord, MemberState
 from p2pkv.core.serving import Serving
 from p2pkv.errors import ErrorCode
@@ -161,7 +163,7 @@ class Machine:
         """
         alive = [record for record in self._membership.records() if record.state is MemberState.ALIVE]
         namespaces = dict.fromkeys(each for record in alive for each in record.namespaces if model in (None, each.model))
-        prompts = [Prompt(root_key(each, identity), tokens, each.chunk_size) for each in namespaces]
+        prompts = [PromptFingerprints(prompt_of(each, identity, tokens)) for each in namespaces]
         inventories = ((record.instance, self._inventory(record.instance)) for record in alive)
         return longest_prefixes(prompts, [(instance, entries) for instance, entries in inventories if entries is not None])
 
@@ -392,5 +394,6 @@ class Machine:
         """What could be finished is: say goodbye."""
         self._leave_by = inf
         self._sources.give_up(now)
+        self._coordinator.leave()
         self._membership.leave()
         self._outbox.add(Stop(None))

@@ -12,7 +12,7 @@ This is the seam where SWIM comes in: everything else asks `record_of`, `linked`
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 from random import Random
 
@@ -23,6 +23,7 @@ from p2pkv.core.ids import Address, InstanceId, LinkId
 from p2pkv.core.keys import Namespace
 from p2pkv.core.messages import MEMBERS_MAX, PROTOCOL_VERSION, Goodbye, Hello, Leaving, Members, Ping, Pong, Status
 from p2pkv.core.outbox import Outbox
+from p2pkv.core.peers import Joined, Link, Lost, Member
 from p2pkv.core.records import LocationStatus, MemberRecord, MemberState
 from p2pkv.errors import ErrorCode, Failure
 
@@ -39,39 +40,6 @@ CHALLENGE_S = 1.0
 """For the holder of a name to answer, before a newcomer of the same name gets it."""
 JOINING_S = 10.0
 """A node obeys `instance_id_in_use` in its first seconds only: later, a confused peer can't stop it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """An instance is linked: for the first time, again, or as another boot of itself."""
-
-    instance: InstanceId
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """An instance died, left, or gave way to another boot of itself."""
-
-    instance: InstanceId
-
-
-@dataclass(slots=True)
-class _Link:
-    link: LinkId
-    dialed: Address | None
-    opened_at: float
-    heard_at: float
-    instance: InstanceId | None = None
-    challenge: Hello | None = None
-    challenged_until: float = inf
-
-
-@dataclass(slots=True)
-class _Member:
-    record: MemberRecord
-    link: LinkId | None
-    lost_at: float = inf
-    failed_dials: int = 0
 
 
 class Membership:
@@ -95,8 +63,8 @@ class Membership:
         self._cluster = config.cluster
         self._outbox = outbox
         self._dials = Dials(outbox, rng, config.ws)
-        self._links: dict[LinkId, _Link] = {}
-        self._members: dict[InstanceId, _Member] = {}
+        self._links: dict[LinkId, Link] = {}
+        self._members: dict[InstanceId, Member] = {}
         self._started_at = now
 
     # --- questions --------------------------------------------------------------------------------------------------------
@@ -147,7 +115,7 @@ class Membership:
 
     def link_opened(self, link: LinkId, dialed: Address | None, now: float) -> None:
         """A websocket is open: introduce oneself."""
-        self._links[link] = _Link(link=link, dialed=dialed, opened_at=now, heard_at=now)
+        self._links[link] = Link(link=link, dialed=dialed, opened_at=now, heard_at=now)
         known = tuple(member.record for member in self._members.values() if member.record.state is MemberState.ALIVE)
         hello = Hello(versions=(PROTOCOL_VERSION,), cluster=self._cluster, me=self.me, members=known[:MEMBERS_MAX])
         self._outbox.send_on(link, hello)
@@ -168,7 +136,7 @@ class Membership:
             self._dials.closed(lost.dialed, now)
         self._unlink(lost, now)
 
-    def _unlink(self, lost: _Link, now: float) -> None:
+    def _unlink(self, lost: Link, now: float) -> None:
         member = self._members.get(lost.instance) if lost.instance is not None else None
         if lost.instance is None or member is None or member.link != lost.link:
             return
@@ -179,7 +147,7 @@ class Membership:
             member.failed_dials = 0
             self._dials.add(member.record.ws, is_contact=False, now=now)
             self._dials.reached(member.record.ws, lost.instance)
-        self._challenge_over(lost.instance, now)
+        self._give_name(lost.instance, now)
 
     def stalled(self, lag_s: float) -> None:
         """This node itself stood still for `lag_s`: nobody else's silence is held against them for that time."""
@@ -223,6 +191,8 @@ class Membership:
         elif hello.cluster != self._cluster:
             detail = f"You belong to cluster {hello.cluster!r}, {self.me.instance!r} to {self._cluster!r}."
             self.refuse(link, ErrorCode.PROTOCOL_ERROR, detail, now)
+        elif hello.me.state is not MemberState.ALIVE:
+            self.refuse(link, ErrorCode.LEAVING, f"Instance {hello.me.instance!r} has left.", now)
         elif hello.me.instance == self.me.instance:
             self._met_own_name(peer, hello, now)
         elif len(self._members) >= MEMBERS_MAX and hello.me.instance not in self._members:
@@ -230,7 +200,7 @@ class Membership:
         else:
             self._met(peer, hello, now)
 
-    def _met_own_name(self, peer: _Link, hello: Hello, now: float) -> None:
+    def _met_own_name(self, peer: Link, hello: Hello, now: float) -> None:
         if hello.me.generation == self.me.generation:
             if peer.dialed is not None:
                 self._dials.is_own(peer.dialed)
@@ -244,7 +214,7 @@ class Membership:
         )
         self.refuse(link, ErrorCode.INSTANCE_ID_IN_USE, detail, now)
 
-    def _met(self, peer: _Link, hello: Hello, now: float) -> None:
+    def _met(self, peer: Link, hello: Hello, now: float) -> None:
         member = self._members.get(hello.me.instance)
         if member is not None and hello.me.generation < member.record.generation:
             self._refuse_name(peer.link, hello, now)
@@ -254,7 +224,7 @@ class Membership:
         else:
             self._accept(peer, hello, now)
 
-    def _accept(self, peer: _Link, hello: Hello, now: float) -> None:
+    def _accept(self, peer: Link, hello: Hello, now: float) -> None:
         record = replace(hello.me, state=MemberState.ALIVE)
         known = self._members.get(record.instance)
         if known is not None and known.record.generation != record.generation:
@@ -267,7 +237,7 @@ class Membership:
         is_news = known is None or known.record.state is not MemberState.ALIVE
         old_link = None if known is None else known.link
         peer.instance = record.instance
-        self._members[record.instance] = _Member(record=record, link=peer.link)
+        self._members[record.instance] = Member(record=record, link=peer.link)
         self._outbox.links[record.instance] = peer.link
         self._reached(peer, record)
         if old_link is not None:
@@ -281,16 +251,21 @@ class Membership:
                 if instance != record.instance:
                     self._outbox.send(instance, Members(members=(record,)))
 
-    def _reached(self, peer: _Link, record: MemberRecord) -> None:
+    def _reached(self, peer: Link, record: MemberRecord) -> None:
         for address in (peer.dialed, record.ws):
             if address is not None:
                 self._dials.reached(address, record.instance)
 
-    def _supersedes(self, new: _Link, old: _Link) -> bool:
-        """Of two links to one instance: whether the new one stays. The lower name's does; of one dialer's, the later."""
+    def _supersedes(self, new: Link, old: Link) -> bool:
+        """Of two links to one instance: whether the new one stays. The lower name's does; of one dialer's, the later.
+
+        Nobody dials whom they have a link to: a link that comes long after the old one means that the old one is lost at the
+        other end, though nobody could tell us.
+        """
         lower_is_me = new.instance is None and self.me.instance < (old.instance or "")
         dialed_by_lower = (new.dialed is not None) == lower_is_me
-        return dialed_by_lower or (new.dialed is None) == (old.dialed is None)
+        is_long_after = new.opened_at - old.opened_at > HANDSHAKE_S
+        return is_long_after or dialed_by_lower or (new.dialed is None) == (old.dialed is None)
 
     def _learn(self, record: MemberRecord, now: float) -> None:
         """Somebody tells of a member: an address to dial, no more."""
@@ -340,12 +315,12 @@ class Membership:
         members = (self._due_at(member) for member in self._members.values())
         return min(self._dials.wakeup_at(), min(links, default=inf), min(members, default=inf))
 
-    def _closes_at(self, link: _Link) -> float:
+    def _closes_at(self, link: Link) -> float:
         if link.challenge is not None:
             return link.challenged_until
         return link.opened_at + HANDSHAKE_S if link.instance is None else link.heard_at + SILENT_S
 
-    def _due_at(self, member: _Member) -> float:
+    def _due_at(self, member: Member) -> float:
         if member.record.state is not MemberState.ALIVE:
             return member.lost_at + REMEMBER_S
         if member.link is not None:
@@ -355,8 +330,10 @@ class Membership:
     def wake(self, now: float) -> None:
         """Dial what is due, close what is silent, declare dead what can't be reached."""
         for link in list(self._links.values()):
+            if link.link not in self._links:  # dropped by what one of the others led to
+                continue
             if link.challenge is not None and now >= link.challenged_until:
-                self._challenge_won(link, now)
+                self._give_name(link.challenge.me.instance, now)
             elif link.instance is None and link.challenge is None and now >= link.opened_at + HANDSHAKE_S:
                 self._drop(link.link, f"no Hello within {HANDSHAKE_S:g} s", now)
             elif link.instance is not None and now >= link.heard_at + SILENT_S:
@@ -370,18 +347,19 @@ class Membership:
                     del self._members[instance]
         self._dials.wake(now)
 
-    def _challenge_over(self, instance: InstanceId, now: float) -> None:
-        """The link of a name's holder is gone: a newcomer that waits for the name gets it."""
-        for link in list(self._links.values()):
-            if link.challenge is not None and link.challenge.me.instance == instance:
-                self._challenge_won(link, now)
-
-    def _challenge_won(self, link: _Link, now: float) -> None:
-        hello, link.challenge, link.challenged_until = link.challenge, None, inf
-        if hello is not None:
+    def _give_name(self, instance: InstanceId, now: float) -> None:
+        """The holder of a name is gone, or doesn't answer: the newest of the newcomers that wait for it gets it."""
+        waiting = [(link, link.challenge) for link in self._links.values() if link.challenge is not None]
+        waiting = [(link, hello) for link, hello in waiting if hello.me.instance == instance]
+        waiting.sort(key=lambda each: each[1].me.generation)
+        for link, _ in waiting:
+            link.challenge, link.challenged_until = None, inf
+        for link, hello in waiting[:-1]:
+            self._refuse_name(link.link, hello, now)
+        for link, hello in waiting[-1:]:
             self._accept(link, hello, now)
 
-    def _end(self, member: _Member, state: MemberState, now: float) -> None:
+    def _end(self, member: Member, state: MemberState, now: float) -> None:
         member.record = replace(member.record, state=state)
         self._outbox.add(MemberChanged(member.record))
         self._lose(member, now)
@@ -389,7 +367,7 @@ class Membership:
         if state is MemberState.LEFT:
             self._dials.forget(member.record.ws)
 
-    def _lose(self, member: _Member, now: float) -> None:
+    def _lose(self, member: Member, now: float) -> None:
         if member.link is not None:
             self._drop(member.link, f"{member.record.instance!r} is gone", now)
         self.news.append(Lost(member.record.instance))

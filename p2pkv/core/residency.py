@@ -22,6 +22,7 @@ from p2pkv.core.ids import EventId, Location
 from p2pkv.core.inventory import InventoryLog
 from p2pkv.core.keys import TOKEN_NBYTES, ChunkKey, TokenBytes
 from p2pkv.core.messages import InventoryEntry
+from p2pkv.core.prompt import Prompt
 from p2pkv.core.siblings import Siblings
 
 
@@ -114,15 +115,16 @@ _NO_SIBLINGS: Siblings[Residency] = Siblings()
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A residency that a prompt goes through, and how many of its tokens the prompt shares."""
+    """A residency that a prompt goes through from token `start` on, and how many of its tokens the prompt shares."""
 
     residency: Residency
+    start: int
     used_count: int
 
     @property
     def end(self) -> int:
         """Tokens of the prompt up to here."""
-        return self.residency.chunk.start + self.used_count
+        return self.start + self.used_count
 
 
 class Residencies:
@@ -188,39 +190,43 @@ class Residencies:
         residency.used_at = now
         self._by_key[residency.chunk.key] = self._by_key.pop(residency.chunk.key)
 
-    def match(self, root: ChunkKey, tokens: TokenBytes, chunk_size: int) -> list[Match]:
-        """The longest contiguous prefix of `tokens` that is owned and not outgoing, token by token in its last chunk."""
+    def match(self, prompt: Prompt) -> list[Match]:
+        """The prompt's longest contiguous prefix that is owned and not outgoing, token by token in its last chunk."""
         matches: list[Match] = []
-        parent, start = root, 0
+        parent, start, tokens, chunk_size = prompt.root, 0, prompt.tokens, prompt.chunk_size
         while start * TOKEN_NBYTES < len(tokens):
             rest = tokens[start * TOKEN_NBYTES : (start + chunk_size) * TOKEN_NBYTES]
             siblings = self._children.get(parent, _NO_SIBLINGS)
-            best = next(((each, count) for each, count in siblings.by_closeness(rest) if each.slot is None), None)
+            close = siblings.by_closeness(rest)
+            best = next(((each, count) for each, count in close if self._is_usable(each, prompt)), None)
             if best is None:
                 break
-            matches.append(Match(residency=best[0], used_count=best[1]))
+            matches.append(Match(residency=best[0], start=start, used_count=best[1]))
             if best[1] < chunk_size:
                 break
             parent, start = best[0].chunk.key, start + chunk_size
         return matches
 
-    def within(self, root: ChunkKey, tokens: TokenBytes, chunk_size: int) -> list[Residency]:
-        """Owned chunks that lie wholly inside `tokens`, along the longest contiguous prefix, prefix first.
+    def within(self, prompt: Prompt) -> list[Residency]:
+        """Owned chunks that lie wholly inside the prompt, along the longest contiguous prefix, prefix first.
 
         Partly filled chunks on the way count too: whatever of this prompt was stored earlier, when it was shorter. The prefix's
         own length is the greatest `end`.
         """
         found: list[Residency] = []
-        parent, start = root, 0
+        parent, start, tokens, chunk_size = prompt.root, 0, prompt.tokens, prompt.chunk_size
         while True:
             rest = tokens[start * TOKEN_NBYTES : (start + chunk_size) * TOKEN_NBYTES]
             siblings = self._children.get(parent, _NO_SIBLINGS)
-            inside = [each for each in siblings.prefixes_of(rest) if each.slot is None]
+            inside = [each for each in siblings.prefixes_of(rest) if self._is_usable(each, prompt)]
             found += reversed(inside)
             full = next((each for each in inside if each.chunk.token_count == chunk_size), None)
             if full is None:
                 return found
             parent, start = full.chunk.key, full.chunk.end
+
+    def _is_usable(self, residency: Residency, prompt: Prompt) -> bool:
+        return residency.slot is None and residency.chunk.namespace == prompt.namespace
 
     def _entry(self, chunk: Chunk) -> InventoryEntry:
         return InventoryEntry(fingerprint=chunk.fingerprint, location=self.location, token_count=chunk.token_count)

@@ -28,11 +28,10 @@ from p2pkv.core.keys import (
     Namespace,
     TokenBytes,
     chunk_key,
-    namespace_digest,
-    root_key,
     token_count,
 )
 from p2pkv.core.outbox import Outbox
+from p2pkv.core.prompt import Prompt, prompt_of
 from p2pkv.core.residency import Incoming, Match, Outgoing, Residencies, Residency, Writing, room_of
 from p2pkv.errors import ErrorCode, Failure
 
@@ -47,7 +46,6 @@ Keep = Callable[[dict[EventId, list[ChunkKey]], float], None]
 @dataclass(frozen=True, slots=True)
 class _Client:
     namespace: Namespace
-    digest: bytes
     shard: int
 
 
@@ -56,8 +54,7 @@ class _Lease:
     """What one engine writes or reads: shards that it was lent, and chunks that may not be evicted meanwhile."""
 
     client: ClientId
-    root: ChunkKey
-    tokens: TokenBytes
+    prompt: Prompt
     expires_at: float
     leased: list[Residency]
     lent: dict[ChunkKey, None]
@@ -93,27 +90,24 @@ class Serving:
             self._outbox.fail(event.request, problem)
             return
         shard = worker if namespace.shard_count() > 1 else 0
-        self._clients[event.client] = _Client(namespace, namespace_digest(namespace), shard)
+        self._clients[event.client] = _Client(namespace, shard)
         self._outbox.answer(event.request, None)
 
     def lookup(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
         """Tokens of the longest prefix that is held here, token by token."""
         attached = self._clients[client]
-        return _end_of(self._match(attached, root_key(attached.namespace, identity), tokens))
-
-    def _match(self, client: _Client, root: ChunkKey, tokens: TokenBytes) -> list[Match]:
-        return self._book.match(root, tokens, client.namespace.chunk_size)
+        return _end_of(self._book.match(prompt_of(attached.namespace, identity, tokens)))
 
     # --- store ------------------------------------------------------------------------------------------------------------
 
     def store(self, event: StoreRequested, now: float) -> None:
         """Lend memory for the chunks of a prompt that are missing from `first_token` on."""
         client = self._clients[event.client]
-        root = root_key(client.namespace, event.identity)
-        chunks = _chunks_of(client, root, event.tokens)
+        prompt = prompt_of(client.namespace, event.identity, event.tokens)
+        chunks = _chunks_of(client.namespace, prompt)
         self._use(chunks, now)
-        matches = self._match(client, root, event.tokens)
-        name, lease = self._new_lease(event.client, root, event.tokens, matches, now)
+        matches = self._book.match(prompt)
+        name, lease = self._new_lease(event.client, prompt, matches, now)
         shards: list[LentShard] = []
         next_token, failure = token_count(event.tokens), None
         for chunk in chunks:
@@ -191,24 +185,24 @@ class Serving:
             if self._book.get(residency.chunk.key) is residency and residency.is_owned:  # a move may have taken it away
                 self._book.touch(residency, now)
         self._end_lease(event.lease)
-        self._outbox.answer(event.request, _end_of(self._match(client, lease.root, lease.tokens)))
+        self._outbox.answer(event.request, _end_of(self._book.match(lease.prompt)))
 
     # --- retrieve ---------------------------------------------------------------------------------------------------------
 
     def retrieve(self, event: RetrieveRequested, now: float) -> None:
         """Lease the longest prefix held here for reading."""
         client = self._clients[event.client]
-        root = root_key(client.namespace, event.identity)
-        matches = self._match(client, root, event.tokens)
+        prompt = prompt_of(client.namespace, event.identity, event.tokens)
+        matches = self._book.match(prompt)
         name = ""
         if matches:
-            name, _lease = self._new_lease(event.client, root, event.tokens, matches, now)
+            name, _lease = self._new_lease(event.client, prompt, matches, now)
             for match in reversed(matches):
                 self._book.touch(match.residency, now)
         shards = (
             RetrievedShard(
                 key=match.residency.chunk.key,
-                start=match.residency.chunk.start,
+                start=match.start,
                 used_count=match.used_count,
                 token_count=match.residency.chunk.token_count,
                 nbytes=match.residency.chunk.shard_nbytes[client.shard],
@@ -226,13 +220,11 @@ class Serving:
 
     # --- leases -----------------------------------------------------------------------------------------------------------
 
-    def _new_lease(
-        self, client: ClientId, root: ChunkKey, tokens: TokenBytes, matches: list[Match], now: float
-    ) -> tuple[str, _Lease]:
+    def _new_lease(self, client: ClientId, prompt: Prompt, matches: list[Match], now: float) -> tuple[str, _Lease]:
         name = f"lease-{self._lease_count}"
         self._lease_count += 1
         expires_at = now + self._config.lease_s
-        lease = _Lease(client, root, tokens, expires_at, [match.residency for match in matches], {})
+        lease = _Lease(client, prompt, expires_at, [match.residency for match in matches], {})
         for residency in lease.leased:
             residency.leases[name] = expires_at
         self._leases[name] = lease
@@ -281,14 +273,14 @@ class Serving:
         assert writing == self._assembling.keys(), "chunks are being written that nobody will ever drop"
 
 
-def _chunks_of(client: _Client, root: ChunkKey, tokens: TokenBytes) -> list[Chunk]:
+def _chunks_of(namespace: Namespace, prompt: Prompt) -> list[Chunk]:
     """A prompt cut into chunks, prefix first, the partly filled last one included."""
-    chunks, parent = [], root
-    step = client.namespace.chunk_size * TOKEN_NBYTES
-    for begin in range(0, len(tokens), step):
-        part = tokens[begin : begin + step]
-        shard_nbytes = (client.namespace.shard_nbytes(token_count(part)),) * client.namespace.shard_count()
-        chunk = Chunk(chunk_key(parent, part), parent, client.digest, begin // TOKEN_NBYTES, part, shard_nbytes)
+    chunks, parent = [], prompt.root
+    step = prompt.chunk_size * TOKEN_NBYTES
+    for begin in range(0, len(prompt.tokens), step):
+        part = prompt.tokens[begin : begin + step]
+        shard_nbytes = (namespace.shard_nbytes(token_count(part)),) * namespace.shard_count()
+        chunk = Chunk(chunk_key(parent, part), parent, prompt.namespace, begin // TOKEN_NBYTES, part, shard_nbytes)
         chunks.append(chunk)
         parent = chunk.key
     return chunks

@@ -1,4 +1,4 @@
-"""Small, valid things to test with: tokens, namespaces, chunks, records. Everything is tiny: four tokens a chunk, a page a shard."""
+"""Small, valid things to test with: tokens, namespaces, chunks, records. Four tokens make a chunk, and a shard takes a page."""
 
 from dataclasses import replace
 from itertools import count
@@ -15,10 +15,12 @@ from p2pkv.core.keys import (
     TokenBytes,
     chunk_key,
     namespace_digest,
+    pack_tokens,
     root_key,
     token_count,
 )
 from p2pkv.core.messages import InventoryEntry
+from p2pkv.core.prompt import Prompt
 from p2pkv.core.records import (
     ChunkCounts,
     EventRecord,
@@ -45,6 +47,7 @@ NAMESPACE = Namespace(
     world_size=1,
 )
 IDENTITY = Identity()
+DIGEST = namespace_digest(NAMESPACE)
 ROOT = root_key(NAMESPACE, IDENTITY)
 WALL_OFFSET_S = 1_000_000.0
 MOVE_DEADLINE_S = 60.0
@@ -54,7 +57,7 @@ LEAVE_S = 2.0
 
 def pack(*ids: int) -> TokenBytes:
     """Token ids as the core takes them."""
-    return b"".join(each.to_bytes(TOKEN_NBYTES, "little", signed=True) for each in ids)
+    return pack_tokens(ids)
 
 
 def prompt(length: int, first: int = 0) -> TokenBytes:
@@ -62,9 +65,12 @@ def prompt(length: int, first: int = 0) -> TokenBytes:
     return pack(*range(first, first + length))
 
 
-def chunks_of(
-    tokens: TokenBytes, namespace: Namespace = NAMESPACE, identity: Identity = IDENTITY
-) -> list[Chunk]:
+def sought(tokens: TokenBytes, root: ChunkKey = ROOT) -> Prompt:
+    """A prompt to look for."""
+    return Prompt(DIGEST, root, tokens, CHUNK_SIZE)
+
+
+def chunks_of(tokens: TokenBytes, namespace: Namespace = NAMESPACE, identity: Identity = IDENTITY) -> list[Chunk]:
     """A prompt's chunks, the partly filled last one included."""
     found, parent = [], root_key(namespace, identity)
     step = namespace.chunk_size * TOKEN_NBYTES
@@ -127,7 +133,6 @@ def config_of(name: InstanceId, generation: int = 1, **changes: Unpack[Limits]) 
         lane=LaneAddress(host_id="host", path=f"/{name}"),
         zone="",
         chunk_size=CHUNK_SIZE,
-        cache_epoch="0",
         cpu_limit_nbytes=1000 * PAGE_NBYTES,
         descriptor_limit=1000,
         move_deadline_s=MOVE_DEADLINE_S,

@@ -33,7 +33,7 @@ from p2pkv.core.events import (
     StoreRequested,
 )
 from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, RequestId, StageId
-from p2pkv.core.keys import ChunkKey, Namespace, TokenBytes, fingerprint, token_count
+from p2pkv.core.keys import ChunkKey, Namespace, TokenBytes, fingerprint
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message
 from p2pkv.core.records import EventRecord, MemberState, Operation, Selection
@@ -42,6 +42,7 @@ from tests.core.builders import IDENTITY, NAMESPACE, Limits, address_of, at, chu
 
 T = TypeVar("T")
 CLIENT = 1
+"""The connection of an engine's first worker; the others follow."""
 STEPS_MAX = 100_000
 """Of one test: more means that a machine asks to be woken again and again without getting anywhere."""
 
@@ -79,6 +80,7 @@ class Node:
 
     name: InstanceId
     machine: Machine
+    namespace: Namespace
     is_up: bool = True
     is_stopped: bool = False
     backlog: deque[Event] = field(default_factory=deque)
@@ -94,6 +96,7 @@ class Cluster:
     def __init__(self, *names: InstanceId, namespace: Namespace = NAMESPACE, **limits: Unpack[Limits]) -> None:
         self.now = 1000.0
         self.nodes: dict[InstanceId, Node] = {}
+        self.asked: dict[RequestId, InstanceId] = {}
         self.answers: dict[RequestId, Answer] = {}
         self.done: list[tuple[InstanceId, Effect]] = []
         self.held: deque[Callable[[], None]] = deque()
@@ -110,7 +113,7 @@ class Cluster:
             self.boot(name)
         self.run(0.5)
 
-    # --- what a test does to the network ------------------------------------------------------------------------------------
+    # --- what a test does to the network ----------------------------------------------------------------------------------
 
     def lose(self, kind: type, times: int = 10**9) -> Rule:
         """The next messages of this type never arrive."""
@@ -152,15 +155,17 @@ class Cluster:
         """Everyone can reach everyone."""
         self._cut.clear()
 
-    # --- what a test does to nodes ------------------------------------------------------------------------------------------
+    # --- what a test does to nodes ----------------------------------------------------------------------------------------
 
-    def boot(self, name: InstanceId) -> Node:
-        """Start an instance, a new boot if it was there before."""
+    def boot(self, name: InstanceId, namespace: Namespace | None = None, **limits: Unpack[Limits]) -> Node:
+        """Start an instance, a new boot if it was there before, as all others are unless said otherwise."""
         old = self.nodes.get(name)
         generation = 1 if old is None else old.machine.config.generation + 1
-        machine = Machine(config_of(name, generation, **self._limits), Random(f"{name}:{generation}"), self.now)
-        node = self.nodes[name] = Node(name, machine)
-        self.ask(name, lambda request: EngineAttached(request, CLIENT, self._namespace, 0))
+        all_limits: Limits = {**self._limits, **limits}
+        machine = Machine(config_of(name, generation, **all_limits), Random(f"{name}:{generation}"), self.now)
+        node = self.nodes[name] = Node(name, machine, namespace or self._namespace)
+        for worker in range(node.namespace.world_size):
+            self.ask(name, partial(_engine_attached, node.namespace, worker))
         others = tuple(address_of(each) for each in self.nodes if each != name)
         self.happen(node, SiblingsFound(others))
         self.pump()
@@ -191,11 +196,12 @@ class Cluster:
         if node.is_up:
             self._perform(node, node.machine.handle(event, self.now))
 
-    # --- what users and engines do ------------------------------------------------------------------------------------------
+    # --- what users and engines do ----------------------------------------------------------------------------------------
 
     def ask(self, name: InstanceId, make: Callable[[RequestId], Event]) -> RequestId:
         """Ask a node something; its answer, when it is there, is in `answers`."""
         request = next(self._numbers)
+        self.asked[request] = name
         self.happen(self.nodes[name], make(request))
         self.pump()
         return request
@@ -256,18 +262,19 @@ class Cluster:
         self.pump()
 
     def store(self, name: InstanceId, tokens: TokenBytes) -> int:
-        """An engine stores a prompt; returns the tokens that are held then."""
-        lent = self.lend(name, tokens)
-        while lent.shards:
-            held = self.commit(name, lent)
-            if lent.failure is not None or lent.next_token == token_count(tokens):
-                return held
-            lent = self.lend(name, tokens, lent.next_token)
-        return lent.held_tokens
+        """All workers of an engine store a prompt; returns the tokens that are held then."""
+        for worker in range(self.nodes[name].namespace.world_size):
+            lent = self.lend(name, tokens, worker=worker)
+            while lent.shards:
+                self.commit(name, lent)
+                if lent.failure is not None:
+                    break
+                lent = self.lend(name, tokens, lent.next_token, worker=worker)
+        return self.held_tokens(name, tokens)
 
-    def lend(self, name: InstanceId, tokens: TokenBytes, first_token: int = 0) -> Lent:
-        """An engine asks for memory to store a prompt, and has it."""
-        request = self.ask(name, partial(_store_requested, tokens=tokens, first_token=first_token))
+    def lend(self, name: InstanceId, tokens: TokenBytes, first_token: int = 0, *, worker: int = 0) -> Lent:
+        """An engine's worker asks for memory to store a prompt, and has it."""
+        request = self.ask(name, lambda each: StoreRequested(each, CLIENT + worker, IDENTITY, tokens, first_token))
         lent = self.answers[request].value
         assert isinstance(lent, Lent)
         self.nodes[name].staged.update(dict.fromkeys((ENGINE_STAGE, shard.key) for shard in lent.shards))
@@ -276,12 +283,12 @@ class Cluster:
     def commit(self, name: InstanceId, lent: Lent) -> int:
         """An engine commits what it was lent; returns the tokens that are held then."""
         keys = tuple(shard.key for shard in lent.shards)
-        request = self.ask(name, lambda request: ShardsSealed(request, CLIENT, lent.lease, keys))
+        request = self.ask(name, lambda request: ShardsSealed(request, CLIENT + lent.worker, lent.lease, keys))
         held = self.answers[request].value
         assert isinstance(held, int)
         return held
 
-    # --- what a test sees ---------------------------------------------------------------------------------------------------
+    # --- what a test sees -------------------------------------------------------------------------------------------------
 
     def held_tokens(self, name: InstanceId, tokens: TokenBytes) -> int:
         """What an engine at `name` finds of a prompt."""
@@ -316,7 +323,7 @@ class Cluster:
                 node.machine.check_at_rest(self.now)
                 assert not node.staged, node.name
 
-    # --- time -----------------------------------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------------------------------
 
     def run(self, seconds: float) -> None:
         """Let time pass."""
@@ -342,7 +349,14 @@ class Cluster:
             assert self._steps < STEPS_MAX, "it never comes to rest"
             self._queue.popleft()()
 
-    # --- effects ----------------------------------------------------------------------------------------------------------------
+    def deliver(self, sender: InstanceId, receiver: InstanceId, message: Message) -> None:
+        """A message arrives that `sender` sent long ago, or never."""
+        node = self.nodes[receiver]
+        link = next(link for link, (peer, _) in node.links.items() if peer.name == sender)
+        self._tell(node, MessageReceived(link, message))
+        self.pump()
+
+    # --- effects ----------------------------------------------------------------------------------------------------------
 
     def _perform(self, node: Node, ordered: list[Effect]) -> None:
         for effect in ordered:
@@ -441,5 +455,5 @@ class Cluster:
         self._tell(node, FetchEnded(order.event_id, tuple(fetched), failure))
 
 
-def _store_requested(request: RequestId, *, tokens: TokenBytes, first_token: int) -> StoreRequested:
-    return StoreRequested(request, CLIENT, IDENTITY, tokens, first_token)
+def _engine_attached(namespace: Namespace, worker: int, request: RequestId) -> EngineAttached:
+    return EngineAttached(request, CLIENT + worker, namespace, worker)

@@ -20,6 +20,7 @@ from p2pkv.core.keys import (
     fingerprint,
     full_chunk_keys,
     namespace_digest,
+    pack_tokens,
     root_key,
     tail_keys,
     token_count,
@@ -43,7 +44,7 @@ TENANT = Identity(
     media=(Media(offset=3, length=7, digest=b"\x01\x02"), Media(offset=40, length=1, digest=b"\xff" * 16)),
 )
 
-# --- test vectors: a change of any of them needs a new HASH_VERSION ---------------------------------------------------------
+# --- test vectors: a change of any of them needs a new HASH_VERSION -------------------------------------------------------
 
 LLAMA_DIGEST = "bf281514a18a13c838cdd92b62f57af3"
 PLAIN_ROOT = "69aa9f8d7df08851905755b960af43a6"
@@ -96,8 +97,8 @@ def test_a_key_is_what_the_protocol_says_it_is() -> None:
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_keys_are_the_same_in_every_process(hash_seed: str) -> None:
     code = (
-        "from tests.core.test_keys import *;"
-        "print(root_key(LLAMA, TENANT).hex(), *(key.hex() for key in full_chunk_keys(root_key(LLAMA, TENANT), TOKENS_OF_600, 256)))"
+        "from tests.core.test_keys import *; root = root_key(LLAMA, TENANT);"
+        "print(root.hex(), *(key.hex() for key in full_chunk_keys(root, TOKENS_OF_600, 256)))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
@@ -105,11 +106,18 @@ def test_keys_are_the_same_in_every_process(hash_seed: str) -> None:
 
 
 def test_tokens_are_little_endian_int32() -> None:
-    assert pack(1, 256, MAX_TOKEN_ID) == bytes.fromhex("01000000 00010000 ffffff7f")
-    assert token_count(pack(1, 2, 3)) == 3
+    assert pack_tokens([1, 256, MAX_TOKEN_ID]) == bytes.fromhex("01000000 00010000 ffffff7f")
+    assert token_count(pack_tokens(range(3))) == 3
+    assert pack_tokens([]) == b""
 
 
-# --- no two meanings share a key --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("wrong", [[-1], [MAX_TOKEN_ID + 1], [2**70], [1.5], ["1"], [None]])
+def test_what_is_no_token_id_is_named(wrong: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"integers from 0 to {MAX_TOKEN_ID}"):
+        pack_tokens([5, *wrong])
+
+
+# --- no two meanings share a key ------------------------------------------------------------------------------------------
 
 texts = st.text(alphabet="ab\0", max_size=3)
 medias = st.builds(
@@ -166,7 +174,7 @@ def test_a_model_may_have_any_name() -> None:
     assert namespace_digest(replace(LLAMA, model="\ud800")) != namespace_digest(replace(LLAMA, model="\ud801"))
 
 
-# --- chains -----------------------------------------------------------------------------------------------------------------
+# --- chains ---------------------------------------------------------------------------------------------------------------
 
 prompts = st.lists(st.integers(0, MAX_TOKEN_ID), max_size=20).map(lambda ids: pack(*ids))
 
@@ -184,7 +192,7 @@ def test_tail_keys_are_the_chunk_keys_of_every_beginning(parent: bytes, tokens: 
     assert list(tail_keys(parent, tokens)) == expected
 
 
-# --- namespaces -------------------------------------------------------------------------------------------------------------
+# --- namespaces -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_is_one_workers_heads() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from p2pkv.core.chunks import PAGE_NBYTES, Chunk
 from p2pkv.core.inventory import InventoryLog
 from p2pkv.core.residency import Incoming, Outgoing, Residencies, Residency, Room, Slot, Writing, room_of
-from tests.core.builders import CHUNK_SIZE, CPU, NAMESPACE, ROOT, chunks_of, pack, prompt
+from tests.core.builders import CHUNK_SIZE, CPU, NAMESPACE, ROOT, chunks_of, pack, prompt, sought
 
 short_prompts = st.lists(st.sampled_from([0, 1]), min_size=1, max_size=10).map(lambda ids: pack(*ids))
 slots = st.sampled_from([None, None, None, Incoming("m", is_verified=True), Outgoing("m", 1)])
@@ -48,7 +48,9 @@ class Library:
     def is_reachable(self, one: Stored) -> bool:
         """Whether it and all full chunks before it are held."""
         ends = range(CHUNK_SIZE, one.residency.chunk.start + 1, CHUNK_SIZE)
-        return one.is_held and all(any(each.is_held and each.path == one.path[: end * 4] for each in self.stored) for end in ends)
+        return one.is_held and all(
+            any(each.is_held and each.path == one.path[: end * 4] for each in self.stored) for end in ends
+        )
 
 
 @st.composite
@@ -61,7 +63,7 @@ def libraries(draw: st.DrawFn) -> Library:
 
 @given(libraries(), short_prompts)
 def test_a_match_is_the_longest_prefix_token_by_token(library: Library, tokens: bytes) -> None:
-    matches = library.book.match(ROOT, tokens, CHUNK_SIZE)
+    matches = library.book.match(sought(tokens))
     longest = 0
     for one in filter(library.is_reachable, library.stored):
         shared = next(count for count in range(10, -1, -1) if one.path[: count * 4] == tokens[: count * 4])
@@ -73,10 +75,8 @@ def test_a_match_is_the_longest_prefix_token_by_token(library: Library, tokens: 
 
 @given(libraries(), short_prompts)
 def test_within_is_all_that_lies_inside_the_tokens_along_the_prefix(library: Library, tokens: bytes) -> None:
-    found = library.book.within(ROOT, tokens, CHUNK_SIZE)
-    expected = {
-        one.residency.chunk.key for one in library.stored if library.is_reachable(one) and tokens.startswith(one.path)
-    }
+    found = library.book.within(sought(tokens))
+    expected = {one.residency.chunk.key for one in library.stored if library.is_reachable(one) and tokens.startswith(one.path)}
     assert {residency.chunk.key for residency in found} == expected
     assert len(found) == len(expected)
     ends = [residency.chunk.end for residency in found]
@@ -86,14 +86,14 @@ def test_within_is_all_that_lies_inside_the_tokens_along_the_prefix(library: Lib
 def test_half_a_chunk_can_be_used() -> None:
     book = book_of()
     store(book, prompt(8))
-    matches = book.match(ROOT, prompt(6) + pack(77), CHUNK_SIZE)
+    matches = book.match(sought(prompt(6) + pack(77)))
     assert [(match.residency.chunk.start, match.used_count) for match in matches] == [(0, 4), (4, 2)]
 
 
 def test_a_short_prompt_is_found_again_by_a_longer_one() -> None:
     book = book_of()
     store(book, prompt(6))
-    assert book.match(ROOT, prompt(12), CHUNK_SIZE)[-1].end == 6
+    assert book.match(sought(prompt(12)))[-1].end == 6
 
 
 @given(st.lists(short_prompts, max_size=6), st.data())

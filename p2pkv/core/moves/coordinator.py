@@ -42,12 +42,16 @@ class _Plan:
 
 @dataclass(slots=True)
 class _Question:
-    """Users who want to know of an event, and the parties that haven't answered yet."""
+    """Users who want to know of an event, and the parties that haven't answered yet.
+
+    `hearsay` is what its source tells, or how it ended as others tell; the latter counts when the source knows nothing.
+    """
 
     ask: CancelRequest | EventRequest
     requests: list[RequestId]
     waiting_for: dict[InstanceId, None]
     give_up_at: float
+    hearsay: EventRecord | None = None
 
 
 @dataclass(slots=True)
@@ -58,6 +62,8 @@ class _Watch:
     source_generation: Generation | None
     ends_at: float
     ask_at: float
+    is_late: bool = True
+    """Nobody has been told of it here: its plan was given up, or asked for by an earlier boot."""
 
 
 @dataclass(slots=True)
@@ -113,7 +119,8 @@ class Coordinator:
         """Tell of an event: from memory when it has ended or is one's own, else ask its parties."""
         known = self.history.get(event.event_id)
         parties = parse_event_id(event.event_id)
-        if parties is None or parties.source == self.config.instance or (known is not None and known.state.is_final):
+        is_own = parties is not None and parties.source == self.config.instance
+        if parties is None or (known is not None and (is_own or known.state.is_final)):
             self._answer_from_memory(event.request, event.event_id)
         else:
             self._question(
@@ -149,8 +156,8 @@ class Coordinator:
             for name in reachable:
                 self.outbox.send(name, ask)
 
-    def _answer_from_memory(self, request: RequestId, event_id: EventId) -> None:
-        known = self.history.get(event_id)
+    def _answer_from_memory(self, request: RequestId, event_id: EventId, hearsay: EventRecord | None = None) -> None:
+        known = self.history.get(event_id) or hearsay
         if known is not None:
             self.outbox.answer(request, known)
         else:
@@ -166,7 +173,8 @@ class Coordinator:
         if parties is None or parties.source != sender:
             return
         if plan is None:
-            if answer.event is not None and answer.event_id not in self._watches:
+            watch = self._watches.get(answer.event_id)
+            if answer.event is not None and (watch is None or watch.is_late):
                 self.outbox.send(sender, CancelRequest(answer.event_id))
             return
         del self._plans[answer.event_id]
@@ -174,11 +182,9 @@ class Coordinator:
             problem = answer.failure or Failure(ErrorCode.PROTOCOL_ERROR, f"Instance {sender!r} sent a plan without an event.")
             self.outbox.fail(plan.request, problem)
             return
-        if not answer.event.state.is_final:
-            ends_at = now + self.config.move_deadline_s + DEADLINE_GRACE_S
-            generation = self._generation_of(sender)
-            self._watches[answer.event_id] = _Watch(parties, generation, ends_at=ends_at, ask_at=now + RESEND_S)
-        self._put(answer.event, now)
+        self._put(answer.event, parties, now)
+        if (watch := self._watches.get(answer.event_id)) is not None:
+            watch.is_late = False
         self.outbox.answer(plan.request, self.history.get(answer.event_id) or answer.event)
 
     def reported(self, report: EventReport, sender: InstanceId, now: float) -> None:
@@ -187,18 +193,22 @@ class Coordinator:
         if parties is None or sender not in (parties.source, parties.target, parties.coordinator):
             return
         questions = [ask for ask in (EventRequest(report.event_id), CancelRequest(report.event_id)) if ask in self._questions]
-        if not questions and self.config.instance not in (parties.coordinator, parties.target):
+        is_party = self.config.instance in (parties.coordinator, parties.target)
+        if not questions and not is_party:
             return
         is_source_gone = self._is_source_gone(report.event_id, parties.source)
         if report.event is not None and report.event.event_id == report.event_id:
+            is_trusted = sender == parties.source or (is_source_gone and report.event.state.is_final)
             if sender == parties.source and report.event_id in self._plans:
                 self.planned(PlanAnswer(report.event_id, report.event, failure=None), sender, now)
-            elif sender == parties.source or (is_source_gone and report.event.state.is_final):
-                self._put(report.event, now)
+            elif is_trusted and (is_party or report.event.state.is_final):
+                self._put(report.event, parties, now)
         elif is_source_gone and sender == parties.target and report.event_id in self._watches:
             self._give_up(report.event_id, f"Source {parties.source!r} was lost before anything had reached the target.", now)
         for question in [self._questions[ask] for ask in questions]:
             question.waiting_for.pop(sender, None)
+            if report.event is not None and (sender == parties.source or report.event.state.is_final):
+                question.hearsay = report.event
             if sender == parties.source and report.event is not None:
                 question.waiting_for.clear()
             if not question.waiting_for:
@@ -216,26 +226,42 @@ class Coordinator:
 
     def _resolve(self, question: _Question) -> None:
         del self._questions[question.ask]
+        hearsay = None if question.waiting_for else question.hearsay
         for request in question.requests:
-            self._answer_from_memory(request, question.ask.event_id)
+            self._answer_from_memory(request, question.ask.event_id, hearsay)
 
-    def _put(self, record: EventRecord, now: float) -> None:
+    def _put(self, record: EventRecord, parties: Parties, now: float) -> None:
+        """Keep what is told of an event; if it was asked for here, watch it until it has ended, also if its plan came late."""
         if self.history.put(record, now):
             self.outbox.add(EventChanged(record))
+            if parties.coordinator == self.config.instance and record.event_id not in self._watches:
+                ends_at = now + self.config.move_deadline_s + DEADLINE_GRACE_S
+                generation = self._generation_of(parties.source)
+                self._watches[record.event_id] = _Watch(parties, generation, ends_at=ends_at, ask_at=now + RESEND_S)
         if record.state.is_final:
             self._watches.pop(record.event_id, None)
 
     def _give_up(self, event_id: EventId, detail: str, now: float) -> None:
         """Nobody can tell of this event any more: it ends here."""
         known = self.history.get(event_id)
-        del self._watches[event_id]
+        watch = self._watches.pop(event_id)
         if known is not None and not known.state.is_final:
             wall = now + self.config.wall_offset_s
             error = Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
             counts = replace(known.chunks, failed=known.chunks.found, moved=0, already_there=0, shared_kept=0)
-            self._put(replace(known, state=EventState.FAILED, chunks=counts, finished_at=wall, error=error), now)
+            self._put(replace(known, state=EventState.FAILED, chunks=counts, finished_at=wall, error=error), watch.parties, now)
 
     # --- time -------------------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """This node goes: whoever waits for an answer gets one."""
+        detail = f"Instance {self.config.instance!r} left the cluster before there was an answer; ask another node."
+        waiting = [plan.request for plan in self._plans.values()]
+        waiting += [request for question in self._questions.values() for request in question.requests]
+        for request in waiting:
+            self.outbox.refuse(request, ErrorCode.LEAVING, detail)
+        self._plans.clear()
+        self._questions.clear()
 
     def wakeup_at(self) -> float:
         """When `wake` has something to do."""

@@ -68,7 +68,7 @@ class Fetching:
             if book.get(chunk.key) is None:
                 batch.append(chunk)
                 need += room_of(chunk)
-        book.promised[move.event_id] = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
+        book.promised.pop(move.event_id, None)  # room is made for this batch, not yet for the rest
         if not batch:
             return False
         source = self._membership.record_of(move.source)
@@ -80,6 +80,7 @@ class Fetching:
         else:
             for chunk in batch:
                 book.enter(chunk, Incoming(move.event_id), now)
+            book.promised[move.event_id] = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
             move.is_fetching = True
             fetch = FetchChunks(
                 event_id=move.event_id,

@@ -14,7 +14,7 @@ from p2pkv.core.messages import TAKE_BATCH_KEYS, Take, TakeAnswer
 from p2pkv.core.moves.source_move import SourceMove
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.records import ChunkCounts
-from p2pkv.core.residency import Outgoing, Residencies, Residency
+from p2pkv.core.residency import Outgoing, Residencies, Residency, Writing
 
 TAKE_ANSWER_S = 10.0
 """The target answers a Take at once; one that is stopped for longer keeps what it took, and the source keeps it too."""
@@ -107,10 +107,11 @@ class Handover:
         return residency
 
     def _stays(self, residency: Residency, move: SourceMove) -> bool:
-        """Whether an engine stored it again, or a chunk that isn't on its way out of here hangs on it."""
+        """Whether an engine stored it again, or a chunk hangs on it that is, or is about to be, owned and stays here."""
         key = residency.chunk.key
         return key in move.kept or any(
-            child.is_owned and not (isinstance(child.slot, Outgoing) and child.slot.move == move.plan.event_id)
+            isinstance(child.slot, Writing)
+            or (child.is_owned and not (isinstance(child.slot, Outgoing) and child.slot.move == move.plan.event_id))
             for child in self._book(move).children(key)
         )
 

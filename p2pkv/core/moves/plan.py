@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import Location, Position
-from p2pkv.core.keys import Namespace, root_key
+from p2pkv.core.keys import ChunkKey, Namespace
 from p2pkv.core.messages import PlanRequest
+from p2pkv.core.prompt import prompt_of
 from p2pkv.core.records import MemberRecord, MemberState, Selection
 from p2pkv.core.residency import Residencies, Residency
 from p2pkv.errors import ErrorCode, Failure
@@ -57,17 +58,20 @@ def find_manifest(request: PlanRequest, book: Residencies, namespaces: dict[byte
     """The chunks that `request` takes from `book`: nothing is leased yet.
 
     With tokens: all that lie wholly inside them along the longest contiguous prefix, in the namespace where that is longest
-    (`model` narrows the choice; of equally long ones the first known wins). With `Selection.ALL`: everything that is owned.
+    (`model` narrows the choice; of equally long ones the first known wins). With `Selection.ALL`: everything that is owned, but
+    for what hangs in the air because its prefix is gone.
     """
     if request.selection is Selection.ALL:
         held = [each for each in book if each.slot is None and _is_of(namespaces[each.chunk.namespace], request.model)]
-        held.sort(key=lambda each: (each.chunk.start, each.chunk.key))
-        return Manifest(residencies=tuple(held), num_tokens=sum(each.chunk.token_count for each in held))
+        rooted: dict[ChunkKey, Residency] = {}
+        for each in sorted(held, key=lambda each: (each.chunk.start, each.chunk.key)):
+            if not each.chunk.start or each.chunk.parent in rooted:
+                rooted[each.chunk.key] = each
+        return Manifest(residencies=tuple(rooted.values()), num_tokens=sum(each.chunk.token_count for each in rooted.values()))
     best = Manifest(residencies=(), num_tokens=0)
     for namespace in namespaces.values():
         if _is_of(namespace, request.model):
-            root = root_key(namespace, request.identity)
-            found = book.within(root, request.tokens, namespace.chunk_size)
+            found = book.within(prompt_of(namespace, request.identity, request.tokens))
             num_tokens = max((each.chunk.end for each in found), default=0)
             if num_tokens > best.num_tokens:
                 best = Manifest(residencies=tuple(found), num_tokens=num_tokens)

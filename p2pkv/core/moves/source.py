@@ -176,10 +176,12 @@ class SourceMoves:
     # --- the target's progress --------------------------------------------------------------------------------------------
 
     def report(self, report: FetchReport, sender: InstanceId, now: float) -> None:
-        """The target says how far it has got."""
+        """The target says how far it has got; what can't be true is ignored."""
         move = self._open_with(report.event_id, sender)
         if move is None:
             self._remind(report.event_id, sender)
+            return
+        if report.fetched_count + report.already_there_count > len(move.manifest):
             return
         move.silent_by = now + self._config.lease_s
         entered = SOURCE[move.state].get(SourceInput.FETCHED if report.is_complete else SourceInput.PROGRESS)
@@ -189,7 +191,7 @@ class SourceMoves:
         move.problem = report.failure
         is_copy = move.plan.operation is Operation.COPY
         counts = move.record.chunks
-        if is_copy:
+        if is_copy and report.is_complete:
             counts = replace(counts, moved=report.fetched_count, already_there=report.already_there_count)
         self._update(
             move, replace(move.record, state=EventState.RUNNING, nbytes=report.nbytes, lane=report.lane, chunks=counts), now
@@ -197,7 +199,7 @@ class SourceMoves:
         if entered is not SourceState.TAKING:
             return
         if is_copy or not report.fetched_count + report.already_there_count:
-            self._finish(move, now)
+            self._finish(move, SourceInput.FINISHED, now)
         else:
             self._hand_over(move, now)
 
@@ -230,7 +232,7 @@ class SourceMoves:
     def _hand_over(self, move: SourceMove, now: float) -> None:
         move.resend_at = now + RESEND_S
         if self.is_leaving or not self._handover.open_attempt(move, now):
-            self._finish(move, now)
+            self._finish(move, SourceInput.FINISHED, now)
 
     # --- ends -------------------------------------------------------------------------------------------------------------
 
@@ -238,6 +240,7 @@ class SourceMoves:
         """End a move of which nothing was handed over yet; returns its event, cancelled or not, None when it isn't known."""
         move = self._open.get(event_id)
         if move is not None and SourceInput.CANCELLED in SOURCE[move.state]:
+            move.state = SOURCE[move.state][SourceInput.CANCELLED]
             self._end(move, EventState.CANCELLED, Failure(ErrorCode.CANCELLED, "It was cancelled."), now)
         return self._history.get(event_id)
 
@@ -289,12 +292,11 @@ class SourceMoves:
 
     def _fail(self, move: SourceMove, code: ErrorCode, detail: str, now: float) -> None:
         move.problem = Failure(code, detail)
-        if move.plan.operation is Operation.COPY:
-            move.record = replace(move.record, chunks=ChunkCounts(found=move.record.chunks.found))
-        self._finish(move, now)
+        self._finish(move, SourceInput.FAILED, now)
 
-    def _finish(self, move: SourceMove, now: float) -> None:
+    def _finish(self, move: SourceMove, by: SourceInput, now: float) -> None:
         """End with what was achieved."""
+        move.state = SOURCE[move.state][by]
         counts = move.record.chunks
         failed_count = counts.found - counts.moved - counts.already_there - counts.shared_kept
         if not failed_count:
@@ -306,7 +308,6 @@ class SourceMoves:
 
     def _end(self, move: SourceMove, state: EventState, error: Failure | None, now: float) -> None:
         self._handover.close_attempt(move)
-        move.state = SourceState.ENDED
         del self._open[move.plan.event_id]
         book = self._holdings.books[move.plan.old_position.location]
         for chunk in move.manifest:

@@ -123,6 +123,9 @@ class TargetMoves:
             problem = "its namespace wasn't offered" if namespace is None else chunk.problem(namespace)
             if problem is None and (chunk.key in move.manifest or len(move.manifest) == move.offer.chunk_count):
                 problem = "it stands there twice, or is one too many"
+            parent = move.manifest.get(chunk.parent)
+            if problem is None and chunk.start != (0 if parent is None else parent.end):
+                problem = "it doesn't follow on its parent"
             if problem is not None:
                 self._abandon(move, f"chunk {len(move.manifest)} of the manifest is wrong: {problem}")
                 return
@@ -193,8 +196,9 @@ class TargetMoves:
         if not self._is_between(take.event_id, sender):
             return
         move = self._open_from(take.event_id, sender)
-        if move is not None and take.attempt in move.answers:
-            self._outbox.send(sender, move.answers[take.attempt])
+        if move is not None and move.answer is not None and take.attempt <= move.answer.attempt:
+            if take.attempt == move.answer.attempt:  # the source has closed the earlier ones
+                self._outbox.send(sender, move.answer)
             return
         keys = (*take.released, *take.shared)
         is_open = move is not None and TargetInput.TAKEN in TARGET[move.state]
@@ -202,7 +206,7 @@ class TargetMoves:
             answer = TakeAnswer(event_id=take.event_id, attempt=take.attempt, taken=(), already_there=(), gone=keys)
         else:
             answer = self._own(move, take.attempt, keys, now)
-            move.answers[take.attempt] = answer
+            move.answer = answer
         self._outbox.send(sender, answer)
 
     def _own(self, move: TargetMove, attempt: int, keys: tuple[ChunkKey, ...], now: float) -> TakeAnswer:

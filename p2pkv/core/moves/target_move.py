@@ -32,7 +32,7 @@ class TargetMove:
     present: dict[ChunkKey, None] = field(default_factory=dict)
     nbytes: int = 0
     problem: Failure | None = None
-    answers: dict[int, TakeAnswer] = field(default_factory=dict)
+    answer: TakeAnswer | None = None
     is_source_lost: bool = False
 
     @property
