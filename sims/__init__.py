@@ -1,0 +1,1 @@
+"""The simulator: the same core on a virtual network under a virtual clock, every promise checked after every event."""

@@ -3,6 +3,7 @@
 The ledger sees only effects, never a machine's inside, so a machine that fools itself doesn't fool it.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from p2pkv.core.ids import InstanceId
@@ -10,7 +11,15 @@ from p2pkv.core.keys import ChunkKey
 
 
 class PromiseBrokenError(AssertionError):
-    """A promise of design section 6 doesn't hold; the text says which, where and when."""
+    """A rule of `docs/protocol.md` doesn't hold; the text says which, where and when.
+
+    Attributes:
+        about: The event id and the chunk keys (in hex) that it is about, for the story.
+    """
+
+    def __init__(self, what: str, about: tuple[str, ...] = ()) -> None:
+        super().__init__(what)
+        self.about = about
 
 
 @dataclass(slots=True)
@@ -24,49 +33,45 @@ class Ownership:
 
 
 class Ledger:
-    """All ownerships of all chunks."""
+    """All ownerships of all chunks; `ends` counts why they ended."""
 
     def __init__(self) -> None:
+        self.ends: Counter[str] = Counter()
         self._ownerships: dict[ChunkKey, list[Ownership]] = {}
-        self.ends: dict[str, int] = {}
-        self.crashes: list[tuple[InstanceId, float]] = []
 
     def gained(self, key: ChunkKey, instance: InstanceId, now: float) -> None:
         """`instance` owns `key` from now on."""
-        if self.open_since(key, instance) is not None:
-            raise PromiseBrokenError(f"t={now:.4f}: {instance} admits {key.hex()} twice")
+        if self._current(key, instance) is not None:
+            raise PromiseBrokenError(f"t={now:.4f}: {instance} admits {key.hex()} twice", (key.hex(),))
         self._ownerships.setdefault(key, []).append(Ownership(instance, now))
 
     def lost(self, key: ChunkKey, instance: InstanceId, now: float, reason: str) -> None:
         """`instance` owns `key` no longer."""
-        for ownership in self._ownerships.get(key, []):
-            if ownership.instance == instance and ownership.until is None:
-                ownership.until, ownership.ended_by = now, reason
-                self.ends[reason] = self.ends.get(reason, 0) + 1
-                return
-        raise PromiseBrokenError(f"t={now:.4f}: {instance} releases {key.hex()}, which it doesn't own")
+        ownership = self._current(key, instance)
+        if ownership is None:
+            raise PromiseBrokenError(f"t={now:.4f}: {instance} releases {key.hex()}, which it doesn't own", (key.hex(),))
+        ownership.until, ownership.ended_by = now, reason
+        self.ends[reason] += 1
 
-    def crashed(self, instance: InstanceId, now: float) -> None:
-        """`instance` ended: it owns nothing any more."""
-        self.crashes.append((instance, now))
-        for key in list(self._ownerships):
-            if self.open_since(key, instance) is not None:
-                self.lost(key, instance, now, "crashed")
+    def ended(self, instance: InstanceId, now: float, reason: str) -> None:
+        """`instance` is gone: it owns nothing any more."""
+        for key in self._ownerships:
+            if self._current(key, instance) is not None:
+                self.lost(key, instance, now, reason)
+
+    def _current(self, key: ChunkKey, instance: InstanceId) -> Ownership | None:
+        ownerships = self._ownerships.get(key, [])
+        return next((each for each in ownerships if each.instance == instance and each.until is None), None)
 
     def open_since(self, key: ChunkKey, instance: InstanceId) -> float | None:
         """Since when `instance` owns `key` now; None when it doesn't."""
-        ownerships = self._ownerships.get(key, [])
-        return next((each.since for each in ownerships if each.instance == instance and each.until is None), None)
+        ownership = self._current(key, instance)
+        return None if ownership is None else ownership.since
 
     def owned_after(self, key: ChunkKey, instance: InstanceId, moment: float) -> bool:
         """Whether `instance` owned `key` at `moment`, or at any time since."""
         ownerships = self._ownerships.get(key, [])
         return any(each.instance == instance and (each.until is None or each.until >= moment) for each in ownerships)
-
-    def owners_after(self, key: ChunkKey, moment: float) -> list[InstanceId]:
-        """Everyone who owned `key` at `moment`, or at any time since."""
-        ownerships = self._ownerships.get(key, [])
-        return [each.instance for each in ownerships if each.until is None or each.until >= moment]
 
     def last_end(self, key: ChunkKey, instance: InstanceId) -> str:
         """Why `instance` lost `key` the last time."""

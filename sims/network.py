@@ -5,24 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What the network does to messages, and lanes to transfers.
-
-    Attributes:
-        loss: Share of messages that never arrive.
-        repeat: Share of messages that arrive twice.
-        delay_s: Shortest and longest time on the way. Each message draws its own, so a long one lets others overtake it.
-        lane_failure: Share of fetches that bring a part and then fail.
-        corruption: Share of chunks whose bytes a lane damages; its check must find them.
-    """
-
-    loss: float = 0.0
-    repeat: float = 0.0
-    delay_s: tuple[float, float] = (0.0002, 0.002)
-    lane_failure: float = 0.0
-    corruption: float = 0.0
+from p2pkv.core.ids import InstanceId
+from sims.scenario import Faults
 
 
 @dataclass(order=True, slots=True)
@@ -45,6 +29,10 @@ class Clock:
         self._count += 1
         heapq.heappush(self._queue, _Entry(max(when, self.now), self._count, action))
 
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        """Run `action` that much later."""
+        self.at(self.now + seconds, action)
+
     def run(self, until: float) -> None:
         """Run all that is due up to `until`, and stand there."""
         while self._queue and self._queue[0].at <= until:
@@ -58,27 +46,44 @@ class Network:
     """Delivers actions with loss, repeats and reorder, as `faults` says at that moment."""
 
     def __init__(self, clock: Clock, rng: Random, faults: Faults) -> None:
-        self.clock = clock
-        self.rng = rng
         self.faults = faults
         self.lost_count = 0
         self.repeated_count = 0
+        self._clock = clock
+        self._rng = rng
+        self._cut_until: dict[frozenset[InstanceId], float] = {}
 
     def delay(self) -> float:
         """A time on the way."""
-        return self.rng.uniform(*self.faults.delay_s)
+        return self._rng.uniform(*self.faults.delay_s)
+
+    def happens(self, share: float) -> bool:
+        """Whether chance, `share` of the time, strikes now."""
+        return self._rng.random() < share
+
+    def cut(self, one: InstanceId, other: InstanceId, *, seconds: float) -> None:
+        """Nothing passes between these two for that long."""
+        self._cut_until[frozenset((one, other))] = self._clock.now + seconds
+
+    def is_cut(self, one: InstanceId, other: InstanceId) -> bool:
+        """Whether nothing passes between these two now."""
+        return self._clock.now < self._cut_until.get(frozenset((one, other)), 0.0)
+
+    def is_whole(self) -> bool:
+        """Whether nobody is cut off from anybody now."""
+        return all(until <= self._clock.now for until in self._cut_until.values())
 
     def reliably(self, action: Callable[[], None]) -> None:
         """Deliver once, as fast as anything can: link events and the handshake, which a stream delivers first or not at all."""
-        self.clock.at(self.clock.now + self.faults.delay_s[0], action)
+        self._clock.after(self.faults.delay_s[0], action)
 
     def carelessly(self, action: Callable[[], None]) -> None:
         """Deliver never, once, or twice."""
-        draw = self.rng.random()
+        draw = self._rng.random()
         if draw < self.faults.loss:
             self.lost_count += 1
             return
-        self.clock.at(self.clock.now + self.delay(), action)
+        self._clock.after(self.delay(), action)
         if draw > 1 - self.faults.repeat:
             self.repeated_count += 1
-            self.clock.at(self.clock.now + self.delay(), action)
+            self._clock.after(self.delay(), action)

@@ -1,5 +1,6 @@
-"""Whole nodes without a shell: real machines over a virtual network, stores, lanes and engines; invariants after every event."""
+"""Whole nodes without a shell: real machines over a virtual network, stores, lanes and engines; checked after every event."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -7,51 +8,31 @@ from math import inf
 from random import Random
 
 from p2pkv.core import effects
+from p2pkv.core.chunks import PAGE_NBYTES
 from p2pkv.core.config import MachineConfig
-from p2pkv.core.effects import ENGINE_STAGE, AnswerValue, Effect, Lent, ReleaseReason
-from p2pkv.core.events import (
-    DialFailed,
-    EngineAttached,
-    Event,
-    FetchEnded,
-    LinkLost,
-    LinkOpened,
-    MessageReceived,
-    ShardsSealed,
-    SiblingsFound,
-    StoreRequested,
-)
+from p2pkv.core.effects import AnswerValue, Effect
+from p2pkv.core.events import DialFailed, Event, LeaveRequested, LinkLost, LinkOpened, MessageReceived, SiblingsFound
 from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, RequestId, StageId
-from p2pkv.core.keys import ChunkKey, Identity, Namespace, TokenBytes, token_count
+from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Goodbye, Hello, Message
 from p2pkv.core.records import LaneAddress, MemberState
-from p2pkv.errors import ErrorCode, Failure
-from sims.network import Clock, Faults, Network
+from p2pkv.errors import Failure
+from sims.engine import NAMESPACE, Engine, payload
+from sims.lane import Lane
+from sims.ledger import PromiseBrokenError
+from sims.network import Clock, Network
 from sims.promises import Promises
+from sims.scenario import Scenario
 
-NAMESPACE = Namespace(
-    model="simulated",
-    weights="0",
-    dtype="float32",
-    layers=1,
-    planes=2,
-    kv_heads=1,
-    head_dim=1,
-    chunk_size=4,
-    world_size=1,
-)
-PAGE_NBYTES = 4096
 MOVE_DEADLINE_S = 60.0
 LEASE_S = 10.0
+LEAVE_S = 2.0
+STALL_MAX_S = 15.0
+"""A node that stands still can't keep a deadline; it gets that much more."""
 
 Answered = Callable[[AnswerValue, Failure | None], None]
-MachineType = type[Machine]
-
-
-def payload(key: ChunkKey) -> bytes:
-    """The right bytes of a chunk; any others under its key are wrong."""
-    return blake2b(key, digest_size=8).digest()
+Recorder = Callable[[float, InstanceId, "Event | Effect | str"], None]
 
 
 @dataclass(slots=True)
@@ -62,81 +43,124 @@ class Node:
     address: Address
     machine: Machine
     is_up: bool = True
+    stands_until: float = 0.0
+    leaves_by: float = inf
     wake_at: float = inf
+    missed: deque[Event] = field(default_factory=deque)
     resident: dict[ChunkKey, bytes] = field(default_factory=dict)
     staged: dict[tuple[StageId, ChunkKey], bytes] = field(default_factory=dict)
     links: dict[LinkId, "tuple[Node, LinkId]"] = field(default_factory=dict)
     cancelled: dict[EventId, None] = field(default_factory=dict)
     answers: dict[RequestId, Answered] = field(default_factory=dict)
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it was asked to leave and still runs."""
+        return self.is_up and self.leaves_by < inf
+
 
 class World:
-    """A cluster. `nodes` holds the latest boot of each instance."""
+    """A cluster. `nodes` holds the latest boot of each instance, `engines` what is attached to it."""
 
-    def __init__(
-        self, seed: str, names: list[InstanceId], *, faults: Faults, capacity: int, machine_type: MachineType = Machine
-    ) -> None:
+    def __init__(self, seed: str, scenario: Scenario, recorder: Recorder | None = None) -> None:
         self.seed = seed
-        self.rng = Random(f"{seed}:world")
         self.clock = Clock()
-        self.network = Network(self.clock, Random(f"{seed}:network"), faults)
-        self.promises = Promises(self.clock)
-        self.addresses = {name: Address("virtual", 1 + index) for index, name in enumerate(names)}
+        self.network = Network(self.clock, Random(f"{seed}:network"), scenario.faults)
+        deadline_s = MOVE_DEADLINE_S + (STALL_MAX_S if scenario.blows.stalls else 0.0)
+        self.promises = Promises(self.clock, move_deadline_s=deadline_s, lease_s=LEASE_S)
         self.nodes: dict[InstanceId, Node] = {}
+        self.engines: dict[InstanceId, Engine] = {}
         self.event_count = 0
-        self._capacity = capacity
-        self._machine_type = machine_type
+        self.false_death_count = 0
+        self._addresses = {f"i{index}": Address("virtual", 1 + index) for index in range(scenario.instances)}
+        self._capacity = scenario.capacity
         self._numbers = 0
         self._trace = blake2b(digest_size=16)
-        for name in names:
+        self._recorder = recorder
+        for name in self._addresses:
             self.start(name)
 
     def trace(self) -> str:
         """Digest of all that has happened: equal for equal runs."""
         return self._trace.hexdigest()
 
+    def _record(self, node: Node, what: "Event | Effect | str") -> None:
+        self._trace.update(f"{self.clock.now:.9f} {node.name} {what!r}\n".encode())
+        if self._recorder is not None:
+            self._recorder(self.clock.now, node.name, what)
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
     # --- nodes ------------------------------------------------------------------------------------------------------------
 
     def start(self, name: InstanceId) -> None:
-        """Boot an instance."""
+        """Boot an instance and its engine."""
         config = MachineConfig(
             instance=name,
             generation=self._number(),
             cluster="simulated",
-            ws=self.addresses[name],
+            ws=self._addresses[name],
             http="",
             transfer="",
             lane=LaneAddress(host_id="virtual", path=name),
             zone="",
             chunk_size=NAMESPACE.chunk_size,
-            cache_epoch="0",
             cpu_limit_nbytes=self._capacity * PAGE_NBYTES,
             descriptor_limit=2 * self._capacity,
             move_deadline_s=MOVE_DEADLINE_S,
             lease_s=LEASE_S,
-            leave_s=2.0,
+            leave_s=LEAVE_S,
             wall_offset_s=0.0,
         )
-        machine = self._machine_type(config, Random(f"{self.seed}:{name}:{config.generation}"), self.clock.now)
-        node = Node(name=name, address=self.addresses[name], machine=machine)
-        self.nodes[name] = node
-        self.happen(node, EngineAttached(request=self._number(), client=0, namespace=NAMESPACE, worker=0))
-        self.happen(node, SiblingsFound(tuple(self.addresses.values())))
+        machine = Machine(config, Random(f"{self.seed}:{name}:{config.generation}"), self.clock.now)
+        node = Node(name=name, address=self._addresses[name], machine=machine)
+        self.nodes[name], self.engines[name] = node, Engine(self, node)
+        self.engines[name].attach()
+        self.happen(node, SiblingsFound(tuple(self._addresses.values())))
 
     def crash(self, name: InstanceId) -> None:
         """End an instance without a word; its links break."""
+        self._end(self.nodes[name], "crashed")
+
+    def leave(self, name: InstanceId) -> None:
+        """Ask an instance to leave; it has `LEAVE_S`, however long it stands still."""
         node = self.nodes[name]
+        node.leaves_by = max(self.clock.now, node.stands_until) + LEAVE_S
+        self.happen(node, LeaveRequested())
+
+    def stall(self, name: InstanceId, seconds: float) -> None:
+        """Let an instance stand still: what happens to it meanwhile, happens when it goes on."""
+        node = self.nodes[name]
+        node.stands_until = max(node.stands_until, self.clock.now + seconds)
+
+    def _end(self, node: Node, how: str) -> None:
         node.is_up = False
-        self.promises.crashed(name)
+        self._record(node, how)
+        self.promises.ended(node.name, how)
         for link in list(node.links):
-            self._close(node, link, "crash")
+            self._close(node, link, how)
 
     def happen(self, node: Node, event: Event) -> None:
-        """One event at one node: handle it, perform what follows, check everything."""
+        """One event at one node, once it goes on if it stands still, after all that it has missed."""
+        if node.missed or node.stands_until > self.clock.now:
+            node.missed.append(event)
+            self.clock.at(node.stands_until, lambda: self._go_on(node))
+        else:
+            self._handle(node, event)
+
+    def _go_on(self, node: Node) -> None:
+        while node.missed and node.stands_until <= self.clock.now:
+            self._handle(node, node.missed.popleft())
+
+    def _handle(self, node: Node, event: Event) -> None:
+        """Hand an event to the machine, perform what follows, check everything."""
         if not node.is_up:
             return
         self.event_count += 1
-        self._trace.update(f"{self.clock.now:.9f} {node.name} {event!r}\n".encode())
+        self._record(node, event)
+        self.promises.happened(node.name, event)
         self._perform(node, node.machine.handle(event, self.clock.now))
 
     def request(self, node: Node, make: Callable[[RequestId], Event], answered: Answered) -> None:
@@ -147,35 +171,35 @@ class World:
 
     def _perform(self, node: Node, ordered: list[Effect]) -> None:
         for effect in ordered:
-            self._trace.update(f"{effect!r}\n".encode())
+            self._record(node, effect)
+            self.promises.ordered(node.name, effect)
             self._perform_one(node, effect)
-        self._check(node)
-        wake_at = node.machine.wakeup_at()
-        if wake_at < node.wake_at:
-            node.wake_at = wake_at
-            self.clock.at(wake_at, lambda: self._wake(node, wake_at))
+        if node.is_up:
+            self._check(node)
+            wake_at = node.machine.wakeup_at()
+            if wake_at < node.wake_at:
+                node.wake_at = wake_at
+                self.clock.at(wake_at, lambda: self._wake(node, wake_at))
 
     def _wake(self, node: Node, wake_at: float) -> None:
-        if node.is_up and node.wake_at == wake_at:
-            node.wake_at = inf
-            self._perform(node, node.machine.wake(self.clock.now))
+        if not node.is_up or node.wake_at != wake_at:
+            return
+        if node.stands_until > self.clock.now:
+            self.clock.at(node.stands_until, lambda: self._wake(node, wake_at))
+            return
+        node.wake_at = inf
+        self.promises.woke()
+        self._perform(node, node.machine.wake(self.clock.now))
+
+    # --- checks -----------------------------------------------------------------------------------------------------------
 
     def _check(self, node: Node) -> None:
+        held = len(node.resident) + len(node.staged)
+        if held > self._capacity:
+            raise PromiseBrokenError(f"S4 at t={self.clock.now:.4f}: {node.name} holds {held} chunks of {self._capacity}")
+        if self.clock.now > node.leaves_by:
+            raise PromiseBrokenError(f"E7 at t={self.clock.now:.4f}: {node.name} hasn't left within {LEAVE_S} s")
         node.machine.check_invariants()
-        assert len(node.resident) <= self._capacity, f"{node.name} holds more than its limit"
-
-    def check_at_rest(self) -> None:
-        """When all has come to rest: nothing is leased, staged or promised, and all lookups agree with what is held."""
-        up = [node for node in self.nodes.values() if node.is_up]
-        for node in up:
-            node.machine.check_at_rest(self.clock.now)
-            assert not node.staged, f"{node.name} has staged bytes that nobody will ever own"
-            known = [(each.instance, each.generation, each.state) for each in node.machine.members()]
-            expected = [(each.name, each.machine.config.generation, MemberState.ALIVE) for each in up]
-            assert known == sorted(expected), f"{node.name} knows {known}, there are {expected}"
-            for other in up:
-                seen, held = node.machine.inventory_of(other.name), other.machine.inventory_of(other.name)
-                assert seen == held, f"{node.name} sees {len(seen)} chunks at {other.name}, which holds {len(held)}"
 
     # --- effects ----------------------------------------------------------------------------------------------------------
 
@@ -188,33 +212,40 @@ class World:
             case effects.SendMessage():
                 self._send(node, effect.link, effect.message)
             case effects.Answer():
-                answered = node.answers.pop(effect.request, None)
-                if answered is not None:
-                    answered(effect.value, effect.failure)
-            case effects.EventChanged():
-                self.promises.event_changed(node.name, effect.event)
+                assert effect.request in node.answers, f"{node.name} answers {effect.request} twice"
+                node.answers.pop(effect.request)(effect.value, effect.failure)
             case effects.FetchChunks():
-                self.clock.at(self.clock.now + self.network.delay(), lambda: self._fetch(node, effect))
+                Lane(self, node, effect).open()
             case effects.CancelFetch():
                 node.cancelled[effect.event_id] = None
             case effects.AdmitStaged():
-                data = node.staged.pop((effect.stage, effect.key))
-                self.promises.admitted(effect.key, node.name, is_right=data == payload(effect.key))
+                data = node.staged.pop((effect.stage, effect.key), b"")
+                is_right = data == payload(effect.key)
+                self.promises.admitted(effect.key, node.name, effect.stage, is_right=is_right)
                 node.resident[effect.key] = data
             case effects.DropStaged():
                 node.staged.pop((effect.stage, effect.key), None)
             case effects.ReleaseChunks():
+                self.promises.released(effect.keys, node.name, effect.reason)
                 for key in effect.keys:
                     del node.resident[key]
-                    self.promises.released(key, node.name, is_moved=effect.reason is ReleaseReason.MOVED)
             case effects.Stop():
-                self.crash(node.name)
+                assert effect.failure is None, f"{node.name} stops: {effect.failure}"
+                self._end(node, "left")
             case effects.MemberChanged():
+                member = self.nodes[effect.member.instance]
+                is_alive = member.is_up and member.machine.config.generation == effect.member.generation
+                self.false_death_count += is_alive and effect.member.state is MemberState.DEAD
+            case effects.EventChanged():
                 pass
+
+    # --- links ------------------------------------------------------------------------------------------------------------
 
     def _dial(self, node: Node, address: Address) -> None:
         peer = next((each for each in self.nodes.values() if each.address == address), None)
-        if peer is None or not peer.is_up or not node.is_up:
+        if not node.is_up:
+            return
+        if peer is None or not peer.is_up or self.network.is_cut(node.name, peer.name):
             self.happen(node, DialFailed(address, "refused"))
             return
         near, far = self._number(), self._number()
@@ -228,73 +259,27 @@ class World:
             return
         peer, far = other
         self.network.reliably(lambda: self.happen(node, LinkLost(link, reason)))
-        self.network.reliably(lambda: self._close_far(peer, far))
+        self.network.reliably(lambda: self._break(peer, far, node.name))
 
-    def _close_far(self, peer: Node, far: LinkId) -> None:
-        if peer.links.pop(far, None) is not None:
-            self.happen(peer, LinkLost(far, "closed by the peer"))
+    def _break(self, node: Node, link: LinkId, peer: InstanceId) -> None:
+        """The end of a link reaches its other end, unless nothing passes between them."""
+        if not self.network.is_cut(node.name, peer) and node.links.pop(link, None) is not None:
+            self.happen(node, LinkLost(link, "closed by the peer"))
 
     def _send(self, node: Node, link: LinkId, message: Message) -> None:
         if link not in node.links:
             return
         peer, far = node.links[link]
-        self.promises.sent(node.name, peer.name, message)
 
         def arrive() -> None:
             if far in peer.links:
                 self.happen(peer, MessageReceived(far, message))
+            else:
+                self._break(node, link, peer.name)
 
-        if isinstance(message, Hello | Goodbye):
+        if self.network.is_cut(node.name, peer.name):
+            self.network.lost_count += 1
+        elif isinstance(message, Hello | Goodbye):
             self.network.reliably(arrive)
         else:
             self.network.carelessly(arrive)
-
-    def _fetch(self, node: Node, fetch: effects.FetchChunks) -> None:
-        """The lane: what the source grants and holds, verified; a part of it when the lane or the bytes are damaged."""
-        source = self.nodes[fetch.source]
-        grant = source.machine.lane_grant(fetch.event_id) if source.is_up else None
-        fetched: list[ChunkKey] = []
-        failure = None
-        if not node.is_up:
-            return
-        for chunk in fetch.chunks:
-            held = source.resident.get(chunk.key)
-            is_granted = grant is not None and grant.ticket == fetch.ticket and chunk.key in grant.keys
-            breaks = self.network.rng.random() < self.network.faults.lane_failure
-            if held is None or not is_granted or breaks or fetch.event_id in node.cancelled:
-                failure = Failure(ErrorCode.TRANSFER_FAILED, "The lane closed.")
-                break
-            if self.network.rng.random() < self.network.faults.corruption:
-                failure = Failure(ErrorCode.TRANSFER_FAILED, "A chunk came damaged.")
-                continue
-            node.staged[fetch.event_id, chunk.key] = held
-            fetched.append(chunk.key)
-        self.happen(node, FetchEnded(fetch.event_id, tuple(fetched), failure))
-
-    # --- engines ----------------------------------------------------------------------------------------------------------
-
-    def store(self, name: InstanceId, tokens: TokenBytes, first_token: int = 0) -> None:
-        """An engine stores a prompt; now and then it dies before it commits."""
-        node = self.nodes[name]
-        make = lambda request: StoreRequested(request, 0, Identity(), tokens, first_token)  # noqa: E731
-        self.request(node, make, lambda value, _: self._write(node, tokens, value))
-
-    def _write(self, node: Node, tokens: TokenBytes, lent: AnswerValue) -> None:
-        if not isinstance(lent, Lent) or not lent.shards:
-            return
-        for shard in lent.shards:
-            node.staged[ENGINE_STAGE, shard.key] = payload(shard.key)
-        if self.rng.random() < 0.02:
-            return
-        keys = tuple(shard.key for shard in lent.shards)
-
-        def commit() -> None:
-            self.request(node, lambda request: ShardsSealed(request, 0, lent.lease, keys), lambda *_: None)
-            if lent.next_token < token_count(tokens) and lent.failure is None:
-                self.store(node.name, tokens, lent.next_token)
-
-        self.clock.at(self.clock.now + self.network.delay(), commit)
-
-    def _number(self) -> int:
-        self._numbers += 1
-        return self._numbers

@@ -131,7 +131,6 @@ class Node:
             lane=None,
             zone="",
             chunk_size=chunk_size,
-            cache_epoch="7",
             cpu_limit_nbytes=limit_nbytes,
             descriptor_limit=10_000,
             move_deadline_s=600,

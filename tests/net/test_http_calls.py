@@ -39,7 +39,6 @@ async def driver() -> AsyncIterator[Driver]:
         lane=None,
         zone="here",
         chunk_size=256,
-        cache_epoch="0",
         cpu_limit_nbytes=2**20,
         descriptor_limit=100,
         move_deadline_s=60.0,

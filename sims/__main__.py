@@ -1,0 +1,93 @@
+"""`python -m sims`: run scenarios over many seeds, or tell the story of one.
+
+Exit codes: 0 every promise was kept, 1 something broke, 2 wrong usage.
+"""
+
+from contextlib import nullcontext
+from os import cpu_count
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sims import report
+from sims.batch import run_batch
+from sims.mutants import MUTANTS
+from sims.run import run_seed
+from sims.scenario import Scenario, ScenarioError, load_scenario, scenario_names
+from sims.story import Recorder
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A scenario; left out: list them.", show_default=False)
+    ] = None,
+    *,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Run only this one, and tell its story if it fails.")] = None,
+    mutant: Annotated[
+        str | None, typer.Option(metavar="MUTANT", help="Run with a core that breaks a rule; see the list.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="How many at once.")] = cpu_count() or 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run a scenario over many seeds, every promise checked after every event."""
+    if name is None:
+        list_all()
+        return
+    try:
+        scenario = load_scenario(name)
+    except ScenarioError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if mutant is not None and mutant not in MUTANTS:
+        typer.echo(f"Error: there is no mutant {mutant!r}; there are {', '.join(MUTANTS)}.", err=True)
+        raise typer.Exit(2)
+    if seed is not None:
+        tell(scenario, str(seed), mutant)
+        return
+    every = range(first_seed, first_seed + seeds)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=seeds)
+        totals = run_batch(name, every, processes=processes, mutant=mutant, progress=lambda: progress.advance(task))
+    if as_json:
+        typer.echo(report.as_json(totals))
+    else:
+        report.show(totals, mutant)
+    if totals.failures:
+        raise typer.Exit(1)
+
+
+def list_all() -> None:
+    """Print the scenarios and the mutants, a line each."""
+    console = Console(highlight=False)
+    scenarios = Table("scenario", "what happens", title="./dev sim NAME", title_justify="left")
+    for name in scenario_names():
+        scenarios.add_row(name, load_scenario(name).description)
+    mutants = Table("mutant", "rule", "what it does wrong", title="./dev sim NAME --mutant MUTANT", title_justify="left")
+    for name, mutant in MUTANTS.items():
+        mutants.add_row(name, mutant.rule, mutant.description)
+    console.print(scenarios, mutants)
+
+
+def tell(scenario: Scenario, seed: str, mutant: str | None) -> None:
+    """Run one seed; if it fails, tell what led to that."""
+    recorder = Recorder()
+    with MUTANTS[mutant].applied() if mutant else nullcontext():
+        try:
+            outcome = run_seed(seed, scenario, recorder)
+        except BaseException as failure:
+            for line in recorder.story(failure):
+                typer.echo(line)
+            raise
+    typer.echo(f"seed {seed} keeps every promise: {outcome}")
+
+
+if __name__ == "__main__":
+    app()

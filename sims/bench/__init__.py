@@ -1,0 +1,1 @@
+"""Benchmarks against real processes; `python -m sims.bench` lists them."""

@@ -1,0 +1,28 @@
+"""`python -m sims.bench NAME ...`: run benchmarks and print what they measured."""
+
+import argparse
+from importlib import import_module
+
+from sims.bench.report import print_rows
+
+BENCHES = {
+    "handoff": "32 chunks of 32 MiB between two instances of one host",
+    "node": "time until a node is ready, and its idle memory",
+}
+
+
+def main() -> None:
+    """Run what the command line names."""
+    listing = "\n".join(f"  {name:<9}{meaning}" for name, meaning in BENCHES.items())
+    parser = argparse.ArgumentParser(
+        prog="./dev bench", epilog=f"benchmarks:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help="what to measure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a benchmark")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        print_rows(name, import_module(f"sims.bench.{name}").run(), as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

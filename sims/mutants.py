@@ -1,0 +1,323 @@
+"""Mutants: for each rule of `docs/protocol.md` that keeps a promise, a core without it. The simulator must catch them all.
+
+A mutant replaces one method, or one function where it is used, while `applied`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import inf
+from types import ModuleType
+from typing import Any
+
+from p2pkv.core import holdings
+from p2pkv.core.events import FetchEnded
+from p2pkv.core.holdings import Holdings
+from p2pkv.core.ids import EventId, InstanceId
+from p2pkv.core.inventory import InventoryView
+from p2pkv.core.keys import ChunkKey
+from p2pkv.core.messages import InventoryDelta, PlanRequest, TakeAnswer
+from p2pkv.core.moves.fetching import Fetching
+from p2pkv.core.moves.handover import Handover
+from p2pkv.core.moves.plan import find_manifest
+from p2pkv.core.moves.source import SourceMoves
+from p2pkv.core.moves.source_move import SourceMove
+from p2pkv.core.moves.tables import SourceInput, SourceState
+from p2pkv.core.moves.target import TargetMoves
+from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
+from p2pkv.core.residency import Outgoing, Residencies, Residency, Room, room_of
+from p2pkv.errors import ErrorCode, Failure
+
+Method = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A core that breaks one rule.
+
+    Attributes:
+        rule: Number of the rule in `docs/protocol.md`.
+        scenario: Which is known to catch it.
+        owner: Where the method is.
+        method: Its name.
+        wrong: Makes the wrong method, given the right one.
+    """
+
+    rule: str
+    scenario: str
+    owner: type | ModuleType
+    method: str
+    wrong: Callable[[Method], Method]
+
+    @property
+    def description(self) -> str:
+        """What it does wrong."""
+        return (self.wrong.__doc__ or "").rstrip(".")
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The core is wrong meanwhile."""
+        right = getattr(self.owner, self.method)
+        setattr(self.owner, self.method, self.wrong(right))
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.method, right)
+
+
+# --- the source -----------------------------------------------------------------------------------------------------------
+
+
+def frees_at_once(right: Method) -> Method:
+    """The source frees what it hands over without waiting for an answer."""
+
+    def open_attempt(self: Handover, move: SourceMove, now: float) -> bool:
+        is_open: bool = right(self, move, now)
+        for key in move.released:
+            residency = self._book(move).get(key)
+            assert residency is not None, "it has just been released"
+            self._holdings.free_moved(self._book(move), residency)
+        return is_open
+
+    return open_attempt
+
+
+def frees_what_is_gone(right: Method) -> Method:
+    """The source frees what the target says is gone."""
+
+    def answered(self: Handover, move: SourceMove, answer: TakeAnswer) -> ChunkCounts:
+        counts: ChunkCounts = right(self, move, replace(answer, taken=(*answer.taken, *answer.gone)))
+        return counts
+
+    return answered
+
+
+def frees_on_closing(_right: Method) -> Method:
+    """The source frees, rather than restores, what an attempt without an answer released."""
+
+    def close_attempt(self: Handover, move: SourceMove) -> None:
+        book = self._book(move)
+        for key in move.released:
+            residency = book.get(key)
+            if residency is not None and residency.slot == Outgoing(move.plan.event_id, move.attempt):
+                self._holdings.free_moved(book, residency)
+        move.released, move.shared = {}, {}
+
+    return close_attempt
+
+
+def never_restores(_right: Method) -> Method:
+    """The source leaves what an attempt without an answer released as if it still were on its way out."""
+
+    def close_attempt(_self: Handover, move: SourceMove) -> None:
+        move.released, move.shared = {}, {}
+
+    return close_attempt
+
+
+def takes_late_answers(right: Method) -> Method:
+    """The source takes an answer for a closed attempt for that of the open one."""
+
+    def taken(self: SourceMoves, answer: TakeAnswer, sender: InstanceId, now: float) -> None:
+        move = self._open.get(answer.event_id)
+        right(self, answer if move is None else replace(answer, attempt=move.attempt), sender, now)
+
+    return taken
+
+
+def orphans_children(_right: Method) -> Method:
+    """The source frees chunks on which others still hang."""
+
+    def stays(_self: Handover, residency: Residency, move: SourceMove) -> bool:
+        return residency.chunk.key in move.kept
+
+    return stays
+
+
+def ignores_engines(_right: Method) -> Method:
+    """The source hands over what an engine has stored meanwhile."""
+
+    def keep(_self: SourceMoves, _keys_by_move: dict[EventId, list[ChunkKey]], _now: float) -> None:
+        return
+
+    return keep
+
+
+def cancels_late(right: Method) -> Method:
+    """The source lets a move be cancelled after its first Take."""
+
+    def cancel(self: SourceMoves, event_id: EventId, now: float) -> EventRecord | None:
+        move = self._open.get(event_id)
+        if move is not None and move.state is SourceState.TAKING:
+            self._end(move, EventState.CANCELLED, Failure(ErrorCode.CANCELLED, "It was cancelled."), now)
+        record: EventRecord | None = right(self, event_id, now)
+        return record
+
+    return cancel
+
+
+def always_done(_right: Method) -> Method:
+    """The source says `done` whatever has failed."""
+
+    def finish(self: SourceMoves, move: SourceMove, _by: SourceInput, now: float) -> None:
+        self._end(move, EventState.DONE, None, now)
+
+    return finish
+
+
+def hands_over_copies(right: Method) -> Method:
+    """The source gives away what was only to be copied."""
+
+    def finish(self: SourceMoves, move: SourceMove, by: SourceInput, now: float) -> None:
+        if move.plan.operation is Operation.COPY and move.state is SourceState.TAKING and not move.attempt:
+            self._hand_over(move, now)
+        else:
+            right(self, move, by, now)
+
+    return finish
+
+
+def moves_in_place(right: Method) -> Method:
+    """The source frees what it was asked to move to where it is."""
+
+    def begin(self: SourceMoves, request: PlanRequest, coordinator: InstanceId, now: float) -> EventRecord | Failure:
+        record: EventRecord | Failure = right(self, request, coordinator, now)
+        book = self._holdings.books.get(request.old_position.location)
+        if request.old_position == request.new_position and book is not None:
+            for residency in find_manifest(request, book, self._holdings.namespaces).residencies:
+                self._holdings.free_moved(book, residency)
+        return record
+
+    return begin
+
+
+def keeps_leases(right: Method) -> Method:
+    """The source keeps its leases after the end of the move."""
+
+    def end(self: SourceMoves, move: SourceMove, state: EventState, error: Failure | None, now: float) -> None:
+        right(self, move, state, error, now)
+        for chunk in move.manifest:
+            residency = self._holdings.books[move.plan.old_position.location].get(chunk.key)
+            if residency is not None:
+                residency.leases[move.plan.event_id] = move.deadline
+
+    return end
+
+
+def waits_for_ever(_right: Method) -> Method:
+    """The source waits for a lost target to come back, without a deadline."""
+
+    def target_lost(self: SourceMoves, instance: InstanceId, _now: float) -> None:
+        for move in self._open.values():
+            if move.target == instance:
+                move.deadline = move.silent_by = move.answer_by = inf
+
+    return target_lost
+
+
+# --- the target -----------------------------------------------------------------------------------------------------------
+
+
+def takes_without_owning(_right: Method) -> Method:
+    """The target says that it took what it was handed, and doesn't."""
+
+    def own(_self: TargetMoves, move: TargetMove, attempt: int, keys: tuple[ChunkKey, ...], _now: float) -> TakeAnswer:
+        return TakeAnswer(event_id=move.event_id, attempt=attempt, taken=keys, already_there=(), gone=())
+
+    return own
+
+
+def trusts_the_lane(right: Method) -> Method:
+    """The target takes what the lane couldn't verify for verified."""
+
+    def ended(self: Fetching, move: TargetMove, event: FetchEnded) -> None:
+        keys = tuple(residency.chunk.key for residency in self._incoming(move, is_verified=False))
+        right(self, move, replace(event, fetched=keys))
+
+    return ended
+
+
+def drops_from_a_lost_source(_right: Method) -> Method:
+    """The target drops what it has verified when its source is lost."""
+
+    def source_lost(self: TargetMoves, instance: InstanceId, now: float) -> None:
+        for move in [each for each in self._open.values() if each.source == instance]:
+            self._close(move, now)
+
+    return source_lost
+
+
+# --- what is held ---------------------------------------------------------------------------------------------------------
+
+
+def makes_no_room(_right: Method) -> Method:
+    """An instance holds more than its limit, rather than evicting or refusing."""
+
+    def make_room(_self: Holdings, _book: Residencies, _need: Room, **_limits: float) -> bool:
+        return True
+
+    return make_room
+
+
+def evicts_what_is_leased(_right: Method) -> Method:
+    """An instance evicts what is leased."""
+
+    def is_leased(_self: Residency, _now: float) -> bool:
+        return False
+
+    return is_leased
+
+
+def evicts_prefixes_first(_right: Method) -> Method:
+    """An instance evicts what others still hang on."""
+
+    def find_victims(book: Residencies, need: Room, *, now: float, colder_than: float = inf) -> list[Residency] | None:
+        victims, free = [], book.free()
+        for residency in sorted(book, key=lambda each: each.chunk.start):
+            is_kept = residency.slot is not None or residency.is_leased(now) or residency.used_at >= colder_than
+            if not need.fits(free) and not is_kept:
+                victims.append(residency)
+                free += room_of(residency.chunk)
+        return victims if need.fits(free) else None
+
+    return find_victims
+
+
+def ignores_gaps(right: Method) -> Method:
+    """A view of an inventory applies changes after others that it has missed."""
+
+    def apply_delta(self: InventoryView, delta: InventoryDelta) -> bool:
+        if delta.generation == self.generation:
+            self.sequence = max(self.sequence, delta.first_sequence - 1)
+        is_applied: bool = right(self, delta)
+        return is_applied
+
+    return apply_delta
+
+
+MUTANTS = {
+    mutant.wrong.__name__: mutant
+    for mutant in (
+        Mutant("T6", "calm", Handover, "open_attempt", frees_at_once),
+        Mutant("T6", "moves", Handover, "answered", frees_what_is_gone),
+        Mutant("T7", "engines", Handover, "close_attempt", frees_on_closing),
+        Mutant("T7", "engines", Handover, "close_attempt", never_restores),
+        Mutant("T7", "engines", SourceMoves, "taken", takes_late_answers),
+        Mutant("T3", "moves", Handover, "_stays", orphans_children),
+        Mutant("T8", "engines", SourceMoves, "keep", ignores_engines),
+        Mutant("T10", "moves", SourceMoves, "cancel", cancels_late),
+        Mutant("E1", "moves", SourceMoves, "_finish", always_done),
+        Mutant("F9", "moves", SourceMoves, "_finish", hands_over_copies),
+        Mutant("P5", "calm", SourceMoves, "_begin", moves_in_place),
+        Mutant("P6", "moves", SourceMoves, "_end", keeps_leases),
+        Mutant("E5", "apart", SourceMoves, "target_lost", waits_for_ever),
+        Mutant("T4", "calm", TargetMoves, "_own", takes_without_owning),
+        Mutant("F6", "moves", Fetching, "ended", trusts_the_lane),
+        Mutant("E4", "crashes", TargetMoves, "source_lost", drops_from_a_lost_source),
+        Mutant("S4", "crowded", Holdings, "make_room", makes_no_room),
+        Mutant("S5", "crowded", Residency, "is_leased", evicts_what_is_leased),
+        Mutant("S5", "crowded", holdings, "find_victims", evicts_prefixes_first),
+        Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
+    )
+}

@@ -1,0 +1,153 @@
+"""Scenarios as data: what happens in a simulated cluster, and what it has to bear. One yaml file each in `scenarios/`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FOLDER = Path(__file__).parent / "scenarios"
+
+Share = Annotated[float, Ge(0), Le(1)]
+Seconds = Annotated[float, Ge(0), Le(3600)]
+Count = Annotated[int, Ge(0), Le(100_000)]
+PositiveCount = Annotated[int, Ge(1), Le(100_000)]
+
+
+class ScenarioError(Exception):
+    """No such scenario, or its file is wrong; the text says what to change."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Faults(_Part):
+    """What goes wrong by chance while the workload runs.
+
+    Attributes:
+        loss: Share of messages that never arrive.
+        repeat: Share of messages that arrive twice.
+        delay_s: Shortest and longest time on the way. Each message draws its own, so a long one lets others overtake it.
+        lane_failure: Share of chunks at which a lane breaks off.
+        corruption: Share of chunks whose bytes a lane damages; its check must find them.
+        engine_failure: Share of stores that an engine begins and doesn't commit in time: one half hangs, the other dies.
+    """
+
+    loss: Share = 0.0
+    repeat: Share = 0.0
+    delay_s: tuple[Seconds, Seconds] = (0.0002, 0.002)
+    lane_failure: Share = 0.0
+    corruption: Share = 0.0
+    engine_failure: Share = 0.0
+
+
+class Blows(_Part):
+    """What is done to whole instances, how often in a run. Every other blow waits for a move to reach a phase drawn for it.
+
+    Attributes:
+        crashes: An instance ends without a word, and is started again.
+        leaves: An instance is asked to leave, and started again.
+        cuts: Two instances don't hear each other for a while; neither knows why.
+        stalls: An instance stands still for a while, as a stopped process does.
+    """
+
+    crashes: Count = 0
+    leaves: Count = 0
+    cuts: Count = 0
+    stalls: Count = 0
+
+
+class Prompts(_Part):
+    """What engines store and users move.
+
+    Attributes:
+        count: How many prompts there are.
+        families: Prompts of one family begin alike.
+        tokens: Shortest and longest; a chunk has four.
+    """
+
+    count: PositiveCount = 8
+    families: PositiveCount = 3
+    tokens: tuple[PositiveCount, PositiveCount] = (1, 30)
+
+
+class Operations(_Part):
+    """What engines and users ask for, how often in a run.
+
+    Attributes:
+        stores: An engine stores a prompt.
+        reads: An engine reads a prompt.
+        moves: A user moves a prompt, or everything.
+        copies: A user copies one.
+        cancelled_share: Share of moves and copies that a user cancels soon afterwards.
+        all_share: Share of moves and copies that take everything at the old position.
+        one_by_one: Each has time to end before the next begins; otherwise they come at random times.
+    """
+
+    stores: Count = 27
+    reads: Count = 10
+    moves: Count = 21
+    copies: Count = 7
+    cancelled_share: Share = 0.1
+    all_share: Share = 0.1
+    one_by_one: bool = False
+
+
+class Scenario(_Part):
+    """A workload and what it has to bear.
+
+    Attributes:
+        description: One line for people.
+        instances: How many.
+        capacity: Chunks that each can hold.
+        duration_s: Virtual time in which everything is asked for.
+        prompts: What it is about.
+        operations: What is asked for.
+        faults: What goes wrong by chance meanwhile.
+        blows: What is done to instances meanwhile.
+        all_done: Whether every move must end `done`.
+    """
+
+    description: str
+    instances: Annotated[int, Ge(2), Le(64)] = 3
+    capacity: PositiveCount = 40
+    duration_s: Annotated[float, Gt(0), Le(3600)] = 20.0
+    prompts: Prompts = Prompts()
+    operations: Operations = Operations()
+    faults: Faults = Faults()
+    blows: Blows = Blows()
+    all_done: bool = False
+
+
+def scenario_names() -> list[str]:
+    """Names of all scenarios."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_scenario(name: str) -> Scenario:
+    """Read `scenarios/NAME.yaml`.
+
+    Raises:
+        ScenarioError: There is none of that name, or its file isn't a scenario; all its problems are listed.
+    """
+    if name not in scenario_names():
+        raise ScenarioError(f"There is no scenario {name!r}; there are {', '.join(scenario_names())}.")
+    path = FOLDER / f"{name}.yaml"
+    return parse_scenario(path.read_text(), path.name)
+
+
+def parse_scenario(text: str, origin: str) -> Scenario:
+    """Turn a scenario's yaml into a scenario; `origin` names it in errors.
+
+    Raises:
+        ScenarioError: It isn't one; all its problems are listed.
+    """
+    try:
+        return Scenario.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ScenarioError(f"{origin}: {error}") from error
+    except ValidationError as error:
+        problems = (f"  {'.'.join(map(str, each['loc'])) or 'all of it'}: {each['msg']}" for each in error.errors())
+        raise ScenarioError("\n".join([f"{origin} isn't a scenario:", *problems])) from error

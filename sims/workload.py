@@ -1,0 +1,157 @@
+"""What happens in a scenario: engines store and read, users move, copy and cancel, and blows fall on instances."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from p2pkv.core.events import CancelRequested, MoveRequested
+from p2pkv.core.ids import EventId, InstanceId, Location, Position
+from p2pkv.core.keys import Identity, TokenBytes
+from p2pkv.core.records import EventRecord, Operation, Selection
+from sims.scenario import Scenario
+from sims.sightings import Phase, Role, Sighting
+from sims.world import LEAVE_S, STALL_MAX_S, World
+
+PATIENCE_S = 5.0
+"""A blow that waits for a move longer than this falls on anyone."""
+BACK_S = (0.05, 8.0)
+"""After an end, until the instance is started again: some sooner than their peers have noticed, some long after."""
+PHASES = [phase for phase in Phase if phase is not Phase.ENDED]
+
+Strike = Callable[[InstanceId, list[InstanceId]], None]
+"""What a blow does to an instance; the list names others in the move that it waited for."""
+
+
+@dataclass(slots=True)
+class _Blow:
+    """Something done to an instance: the one that plays `role` in the first move that reaches `phase`."""
+
+    strike: Strike
+    role: Role
+    phase: Phase
+
+
+class Workload:
+    """Puts everything that will happen into the clock's queue."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self.prompts: list[TokenBytes] = []
+        self._world = world
+        self._scenario = scenario
+        self._rng = Random(f"{world.seed}:workload")
+        self._names = list(world.nodes)
+        self._waiting: list[_Blow] = []
+        world.promises.sightings.on_phase = self._phase_seen
+        self._make_prompts()
+        self._schedule_operations()
+        self._schedule_blows()
+
+    def _make_prompts(self) -> None:
+        """Token ids of which many share beginnings."""
+        prompts = self._scenario.prompts
+        for _ in range(prompts.count):
+            family, own = self._rng.randrange(prompts.families), 1000 + self._rng.randrange(100)
+            length = self._rng.randint(*prompts.tokens)
+            shared = self._rng.randint(0, length)
+            self.prompts.append(family.to_bytes(4, "little") * shared + own.to_bytes(4, "little") * (length - shared))
+
+    def _schedule_operations(self) -> None:
+        counts = self._scenario.operations
+        operations: list[Callable[[], None]] = [self._store] * counts.stores + [self._read] * counts.reads
+        operations += [partial(self._move, Operation.MOVE)] * counts.moves + [
+            partial(self._move, Operation.COPY)
+        ] * counts.copies
+        self._rng.shuffle(operations)
+        for index, operation in enumerate(operations):
+            share = index / len(operations) if counts.one_by_one else self._rng.random()
+            self._world.clock.after(share * self._scenario.duration_s, operation)
+
+    def _schedule_blows(self) -> None:
+        blows = self._scenario.blows
+        counts: list[tuple[Strike, int]] = [
+            (self._crash, blows.crashes),
+            (self._leave, blows.leaves),
+            (self._cut, blows.cuts),
+            (self._stall, blows.stalls),
+        ]
+        for strike in (strike for strike, count in counts for _ in range(count)):
+            blow = _Blow(strike, self._rng.choice(list(Role)), self._rng.choice(PHASES))
+            self._world.clock.after(self._rng.uniform(0, self._scenario.duration_s - PATIENCE_S), partial(self._due, blow))
+
+    def _name(self) -> InstanceId:
+        return self._rng.choice(self._names)
+
+    # --- operations -------------------------------------------------------------------------------------------------------
+
+    def _store(self) -> None:
+        self._world.engines[self._name()].store(self._rng.choice(self.prompts))
+
+    def _read(self) -> None:
+        self._world.engines[self._name()].read(self._rng.choice(self.prompts))
+
+    def _move(self, operation: Operation) -> None:
+        old = Position(self._name(), Location.LOCAL_CPU)
+        new = Position(self._name(), Location.LOCAL_CPU)
+        counts = self._scenario.operations
+        selection = Selection.ALL if self._rng.random() < counts.all_share else Selection.TOKENS
+        tokens = self._rng.choice(self.prompts)
+        is_cancelled = self._rng.random() < counts.cancelled_share
+
+        def answered(value: object, _failure: object) -> None:
+            if isinstance(value, EventRecord) and is_cancelled:
+                self._world.clock.after(2 * self._world.network.delay(), partial(self._cancel, value.event_id))
+
+        self._world.request(
+            self._world.nodes[self._name()],
+            lambda request: MoveRequested(request, old, new, operation, selection, tokens, Identity(), model=None),
+            answered,
+        )
+
+    def _cancel(self, event_id: EventId) -> None:
+        self._world.request(self._world.nodes[self._name()], partial(CancelRequested, event_id=event_id), lambda *_: None)
+
+    # --- blows ------------------------------------------------------------------------------------------------------------
+
+    def _due(self, blow: _Blow) -> None:
+        """From now on the blow waits for its move; half of them don't."""
+        if self._rng.random() < 0.5:
+            blow.strike(self._name(), [])
+        else:
+            self._waiting.append(blow)
+            self._world.clock.after(PATIENCE_S, partial(self._lose_patience, blow))
+
+    def _lose_patience(self, blow: _Blow) -> None:
+        if blow in self._waiting:
+            self._waiting.remove(blow)
+            blow.strike(self._name(), [])
+
+    def _phase_seen(self, _event_id: EventId, seen: Sighting) -> None:
+        for blow in [each for each in self._waiting if each.phase is seen.phase]:
+            self._waiting.remove(blow)
+            name = getattr(seen.parties, blow.role.value)
+            others = [each for each in (seen.parties.source, seen.parties.target) if each != name]
+            self._world.clock.after(self._world.network.delay() / 2, partial(blow.strike, name, others))
+
+    def _crash(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        if self._world.nodes[name].is_up:
+            self._world.crash(name)
+            self._world.clock.after(self._rng.uniform(*BACK_S), partial(self._start, name))
+
+    def _leave(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        self._world.leave(name)
+        self._world.clock.after(LEAVE_S + self._rng.uniform(*BACK_S), partial(self._start, name))
+
+    def _start(self, name: InstanceId) -> None:
+        """Start an instance again; one that hasn't left yet because it stood still, a little later."""
+        if self._world.nodes[name].is_leaving:
+            self._world.clock.after(LEAVE_S, partial(self._start, name))
+        elif not self._world.nodes[name].is_up:
+            self._world.start(name)
+
+    def _cut(self, name: InstanceId, others: list[InstanceId]) -> None:
+        other = self._rng.choice(others or [each for each in self._names if each != name])
+        self._world.network.cut(name, other, seconds=self._rng.uniform(0.1, 10.0))
+
+    def _stall(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        self._world.stall(name, self._rng.uniform(0.1, STALL_MAX_S))
