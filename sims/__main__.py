@@ -13,7 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sims import report
-from sims.batch import run_batch
+from sims.batch import Totals, run_batch
+from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
 from sims.run import run_seed
 from sims.scenario import Scenario, ScenarioError, load_scenario, scenario_names
@@ -30,7 +31,9 @@ def main(
     *,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 100,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Run only this one, and tell its story if it fails.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Only this one: show all it led to, or the story of what broke.")
+    ] = None,
     mutant: Annotated[
         str | None, typer.Option(metavar="MUTANT", help="Run with a core that breaks a rule; see the list.")
     ] = None,
@@ -50,7 +53,7 @@ def main(
         typer.echo(f"Error: there is no mutant {mutant!r}; there are {', '.join(MUTANTS)}.", err=True)
         raise typer.Exit(2)
     if seed is not None:
-        tell(scenario, str(seed), mutant)
+        tell(name, scenario, seed, mutant)
         return
     every = range(first_seed, first_seed + seeds)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -76,17 +79,21 @@ def list_all() -> None:
     console.print(scenarios, mutants)
 
 
-def tell(scenario: Scenario, seed: str, mutant: str | None) -> None:
-    """Run one seed; if it fails, tell what led to that."""
-    recorder = Recorder()
+def tell(name: str, scenario: Scenario, seed: int, mutant: str | None) -> None:
+    """Run one seed and show what it led to; if something breaks, tell what led to that."""
+    recorder, totals = Recorder(), Totals(name, seed_count=1)
     with MUTANTS[mutant].applied() if mutant else nullcontext():
         try:
-            outcome = run_seed(seed, scenario, recorder)
+            totals.add(run_seed(str(seed), scenario, recorder))
         except BaseException as failure:
             for line in recorder.story(failure):
                 typer.echo(line)
-            raise
-    typer.echo(f"seed {seed} keeps every promise: {outcome}")
+            if not isinstance(failure, PromiseBrokenError):
+                raise
+            typer.echo(f"Error: {failure}", err=True)
+            raise typer.Exit(1) from failure
+    report.show(totals, mutant)
+    report.show_paths(totals)
 
 
 if __name__ == "__main__":

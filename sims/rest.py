@@ -11,6 +11,7 @@ from p2pkv.core.records import EventRecord, MemberState
 from p2pkv.errors import Failure
 from sims.engine import longest_prefix
 from sims.ledger import PromiseBrokenError
+from sims.story import brief
 from sims.world import Node, World
 
 ASK_S = 3.0
@@ -121,6 +122,4 @@ def _check_events(world: World) -> None:
         is_source_heard = not seen.is_source_lost and not world.false_death_count
         is_right = told_record == seen.record if is_source_heard else isinstance(told_record, EventRecord) or not any(known)
         if not is_right:
-            raise PromiseBrokenError(
-                f"E8: asked of {event_id}, a node tells of {told_record}, and its source of {seen.record}", (event_id,)
-            )
+            raise PromiseBrokenError(f"E8: a node tells {brief(told_record)}, its source {brief(seen.record)}", (event_id,))

@@ -128,13 +128,15 @@ class Membership:
                 member.failed_dials += 1
 
     def link_lost(self, link: LinkId, now: float) -> None:
-        """A link is gone. Its member, if it has no other, is redialed at once."""
+        """A link is gone. Its member, if it has no other, is redialed: at once, unless the link was refused as it opened."""
         lost = self._links.pop(link, None)
         if lost is None:
             return
-        if lost.dialed is not None:
-            self._dials.closed(lost.dialed, now)
         self._unlink(lost, now)
+        if lost.dialed is not None and now - lost.opened_at < HANDSHAKE_S:
+            self._dials.failed(lost.dialed, now)
+        elif lost.dialed is not None:
+            self._dials.closed(lost.dialed, now)
 
     def _unlink(self, lost: Link, now: float) -> None:
         member = self._members.get(lost.instance) if lost.instance is not None else None

@@ -43,7 +43,14 @@ def test_a_replay_tells_the_story() -> None:
     assert told.returncode == 1
     assert "-> Take(" in told.stdout
     assert "ReleaseChunks(" in told.stdout
-    assert "PromiseBrokenError: T6" in told.stderr
+    assert "Error: T6" in told.stderr
+
+
+def test_a_replay_of_a_seed_that_keeps_every_promise_shows_its_paths() -> None:
+    shown = sims("calm", "--seed", "5")
+    assert shown.returncode == 0
+    assert "28 done" in shown.stdout
+    assert "shared kept" in shown.stdout
 
 
 def test_what_it_doesnt_know_is_wrong_usage() -> None:

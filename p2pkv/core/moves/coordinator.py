@@ -36,6 +36,7 @@ WAITING_MAX = 8192
 class _Plan:
     request: RequestId
     message: PlanRequest
+    source_generation: Generation | None
     give_up_at: float
     resend_at: float
 
@@ -102,7 +103,9 @@ class Coordinator:
             identity=event.identity,
             model=event.model,
         )
-        self._plans[message.event_id] = _Plan(event.request, message, give_up_at=now + PLAN_S, resend_at=now + RESEND_S)
+        generation = self._generation_of(source)
+        plan = _Plan(event.request, message, generation, give_up_at=now + PLAN_S, resend_at=now + RESEND_S)
+        self._plans[message.event_id] = plan
         self.outbox.send(source, message)
 
     def _unreachable(self, instance: InstanceId) -> Failure | None:
@@ -274,10 +277,13 @@ class Coordinator:
         """Give up what has waited too long, and ask again for what may have been lost."""
         for event_id, plan in list(self._plans.items()):
             source = plan.message.old_position.instance
-            if now >= plan.give_up_at or self._unreachable(source) is not None:
+            is_lost = plan.source_generation != self._generation_of(source) or self._unreachable(source) is not None
+            if is_lost or now >= plan.give_up_at:
                 del self._plans[event_id]
                 self.outbox.send(source, CancelRequest(event_id))
-                detail = f"Instance {source!r} didn't plan the move within {PLAN_S:g} s."
+                detail = f"Instance {source!r} was lost before it planned the move."
+                if not is_lost:
+                    detail = f"Instance {source!r} didn't plan the move within {PLAN_S:g} s."
                 self.outbox.refuse(plan.request, ErrorCode.INSTANCE_UNREACHABLE, detail)
             elif now >= plan.resend_at:
                 plan.resend_at = now + RESEND_S
