@@ -85,7 +85,7 @@ def tell(name: str, scenario: Scenario, seed: int, mutant: str | None) -> None:
     with MUTANTS[mutant].applied() if mutant else nullcontext():
         try:
             totals.add(run_seed(str(seed), scenario, recorder))
-        except BaseException as failure:
+        except Exception as failure:
             for line in recorder.story(failure):
                 typer.echo(line)
             if not isinstance(failure, PromiseBrokenError):

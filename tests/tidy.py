@@ -69,13 +69,14 @@ def is_within(name: str, package: str) -> bool:
 
 # --- the wall between the rooms -------------------------------------------------------------------------------------------
 
-SHARED = {"errors", "config", "rendezvous", "browser_guard"}
+SHARED = {"errors", "config", "rendezvous", "browser_guard", "http_server"}
 """Top-level modules that any room but the core may import."""
 WALL = {
     "errors": set[str](),
     "rendezvous": {"errors"},
     "config": {"core", "errors"},
     "browser_guard": {"config"},
+    "http_server": set[str](),
     "core": {"errors"},
     "wire": {"core", *SHARED},
     "store": {"core", *SHARED},

@@ -230,6 +230,32 @@ async def test_what_is_no_http_is_disconnected_and_the_node_goes_on(alone: Node,
         assert (await http.get("/livez")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("upgrade", "rest"),
+    [
+        (b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: !!\r\n", b""),
+        (
+            (
+                b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            ),
+            b"\x00\xff garbage",
+        ),
+    ],
+    ids=["h2c", "websocket"],
+)
+async def test_a_broken_upgrade_ends_its_own_connection_only(alone: Node, upgrade: bytes, rest: bytes) -> None:
+    port = httpx2.URL(alone.addresses.http).port
+    for _ in range(3):
+        stream = await connect(alone)
+        await stream.send_all(b"GET /livez HTTP/1.1\r\nHost: localhost:%d\r\n%b\r\n%b" % (port, upgrade, rest))
+        with trio.move_on_after(2):
+            await read_all(stream)
+        await stream.aclose()
+    async with client_of(alone.addresses.http) as http:
+        assert (await http.get("/livez")).status_code == 200
+
+
 async def test_a_client_that_goes_away_in_its_body_harms_nobody(alone: Node) -> None:
     port = alone.addresses.http.rpartition(":")[2].encode()
     async with await connect(alone) as stream:

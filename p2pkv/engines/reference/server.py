@@ -10,7 +10,6 @@ from pathlib import Path
 import trio
 import typer
 from hypercorn.config import Config
-from hypercorn.trio import serve
 
 from p2pkv.config import NodeConfig, is_loopback
 from p2pkv.core.ids import Address
@@ -21,6 +20,7 @@ from p2pkv.engines.reference.front import EngineFront, build_app
 from p2pkv.engines.reference.guard import DoorGuard
 from p2pkv.engines.reference.model import ReferenceModel, load_model, make_tiny_llama
 from p2pkv.errors import ConfigError, UnsupportedCacheError
+from p2pkv.http_server import serve
 
 KEEP_ALIVE_S = 20.0
 """A connection without a request, or with one whose headers don't end, is closed after this."""

@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from p2pkv.browser_guard import refuse_browser
+from p2pkv.http_server import serve
 from p2pkv.net.driver import Driver
 from p2pkv.net.http.app import build_app
 from p2pkv.net.http.errors import FORBIDDEN, error_reply
