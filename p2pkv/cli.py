@@ -4,6 +4,7 @@ Exit codes: 0 done (Ctrl-C too), 1 the operation failed, 2 wrong usage or config
 what it needs when it runs: `p2pkv node` must be ready quickly and stay small.
 """
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,11 @@ def _exit_code(error: P2pkvError | KeyboardInterrupt) -> ExitCode:
             return ExitCode.FAILED
 
 
+def _example(*lines: str) -> str:
+    """The end of a command's help: how it is called, with values that work for the seed's two instances."""
+    return "\n".join(("\b", "For example:", *(f"  {line}" for line in lines)))
+
+
 app = typer.Typer(
     cls=_Commands,
     help="Moves KV caches between LLM engines, peer to peer.",
@@ -88,7 +94,7 @@ def main() -> None:
     app()
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv node --config topology/pair/instance1.yaml"))
 def node(*, config: ConfigFile = None) -> None:
     """Run one instance's node until SIGTERM or Ctrl-C."""
     import trio
@@ -98,7 +104,23 @@ def node(*, config: ConfigFile = None) -> None:
     trio.run(run_node, _read_config(config))
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv controller --port 9000 --monitor-port 9001"))
+def controller(
+    *,
+    host: Annotated[str, typer.Option(help="Where its ports are, for all of them.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The HTTP port.")] = 9000,
+    monitor_port: Annotated[int, typer.Option(min=1, max=65535, help="Where instances join: their controller_url.")] = 9001,
+) -> None:
+    """Run a node that stores nothing, in place of lmcache_controller; the cluster goes on without it too."""
+    import trio
+
+    from p2pkv.commands.node import run_node
+    from p2pkv.config import NodeConfig
+
+    trio.run(run_node, NodeConfig.of_controller(host=host, port=port, monitor_port=monitor_port))
+
+
+@app.command(epilog=_example("p2pkv up topology/pair"))
 def up(folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="FOLDER")]) -> None:
     """Run a node for every *.yaml of a folder, and keep them running until SIGTERM or Ctrl-C."""
     import trio
@@ -108,12 +130,12 @@ def up(folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, meta
     trio.run(keep_up, read_folder(folder))
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv engine --config topology/pair/instance1.yaml --port 8000"))
 def engine(
     *,
     config: ConfigFile = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 for any free one.")] = 8000,
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="A Llama to run instead of the small one.")] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="A Hugging Face model instead of the small Llama.")] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A name besides its own to ask for the model by; may be repeated.")
     ] = None,
@@ -127,15 +149,39 @@ def engine(
     trio.run(partial(run_engine, source, port=port, model_directory=model, served_model_names=served_model_name or []))
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv token --config instance.yaml --read-only"))
+def token(
+    *,
+    config: ConfigFile = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The one that allows what changes nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what clients of a cluster with a cluster_key show: 'Authorization: Bearer TOKEN', or P2PKV_TOKEN for commands."""
+    from p2pkv.cluster_key import Purpose, configured_key, key_of_client
+
+    key = key_of_client(os.environ) if config is None else configured_key(_read_config(config))
+    if key is None:
+        raise ConfigError("no cluster_key is configured, so nodes want no token; name a file by --config, or set one")
+    access = key.token(Purpose.READ_ONLY_ACCESS if read_only else Purpose.FULL_ACCESS)
+    typer.echo(json.dumps({"token": access}) if as_json else access)
+
+
+@app.command(epilog=_example("p2pkv demo"))
 def demo(*, as_json: AsJson = False) -> None:
-    """The whole walk-through: nodes, engines, one move, and what was seen."""
+    """The whole walk-through: nodes, engines, moves by every way in, and what was seen."""
+    import trio
+
     from p2pkv.demo import run_demo
 
-    raise typer.Exit(run_demo(as_json=as_json))
+    raise typer.Exit(trio.run(partial(run_demo, as_json=as_json)))
 
 
-@app.command()
+@app.command(
+    epilog=_example(
+        "p2pkv move lmcache_instance_1/LocalCPUBackend lmcache_instance_2/LocalCPUBackend --tokens 1,2,3,4 --wait",
+        "p2pkv move lmcache_instance_1/LocalCPUBackend lmcache_instance_2/LocalCPUBackend --all --copy",
+    )
+)
 def move(
     old_position: Annotated[str, typer.Argument(metavar="SOURCE/LOCATION", show_default=False)],
     new_position: Annotated[str, typer.Argument(metavar="TARGET/LOCATION", show_default=False)],
@@ -150,7 +196,7 @@ def move(
     via: Via = None,
     as_json: AsJson = False,
 ) -> None:
-    """Move a prompt's KV cache, as instance1/LocalCPUBackend instance2/LocalCPUBackend --tokens 1,2,3."""
+    """Move the longest prefix of a prompt's KV cache that one instance holds to another."""
     from p2pkv.commands.arguments import parse_position, parse_tokens
     from p2pkv.commands.client import open_client
     from p2pkv.commands.moves import move_and_wait
@@ -170,7 +216,7 @@ def move(
     show(reply, move_text, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv lookup --tokens 1,2,3,4", "p2pkv lookup --tokens-file prompt.json --json"))
 def lookup(
     *,
     tokens: Tokens = None,
@@ -190,7 +236,7 @@ def lookup(
         show(client.call("POST", "/lookup", body), lookup_text, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv members", "p2pkv members --via http://localhost:9000 --json"))
 def members(*, via: Via = None, as_json: AsJson = False) -> None:
     """Every instance that the node knows, and how full it is."""
     from p2pkv.commands.client import open_client
@@ -200,7 +246,7 @@ def members(*, via: Via = None, as_json: AsJson = False) -> None:
         show(client.call("GET", "/members"), members_text, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=_example("p2pkv event move~lmcache_instance_1~lmcache_instance_2~lmcache_instance_2~0123456789abcdef"))
 def event(
     event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
 ) -> None:
@@ -212,6 +258,62 @@ def event(
 
     with open_client(via, os.environ) as client:
         show(client.call("GET", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
+
+
+@app.command(epilog=_example("p2pkv events", "p2pkv events --json"))
+def events(*, via: Via = None, as_json: AsJson = False) -> None:
+    """The moves that the node knows of, newest first."""
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import events_text, show
+
+    with open_client(via, os.environ) as client:
+        show(client.call("GET", "/events"), events_text, as_json=as_json)
+
+
+@app.command(epilog=_example("p2pkv cancel move~lmcache_instance_1~lmcache_instance_2~lmcache_instance_2~0123456789abcdef"))
+def cancel(
+    event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
+) -> None:
+    """End a move before it hands anything over; exits with 1 if it is too late for that."""
+    from urllib.parse import quote
+
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import event_text, show_cancelled
+
+    with open_client(via, os.environ) as client:
+        show_cancelled(client.call("DELETE", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
+
+
+@app.command(epilog=_example("p2pkv clear lmcache_instance_1/LocalCPUBackend"))
+def clear(
+    position: Annotated[str, typer.Argument(metavar="INSTANCE/LOCATION", show_default=False)],
+    *,
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forget everything that an instance holds at a location."""
+    from p2pkv.commands.arguments import parse_position
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import clear_text, show
+
+    instance, location = parse_position(position)
+    with open_client(via, os.environ) as client:
+        show(client.call("POST", "/clear", {"instance_id": instance, "location": location}), clear_text, as_json=as_json)
+
+
+@app.command(epilog=_example("p2pkv health lmcache_instance_1"))
+def health(
+    instance: Annotated[str, typer.Argument(metavar="INSTANCE", show_default=False)],
+    *,
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether an instance is alive, as far as the node knows; exits with 1 if not."""
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import health_text, show
+
+    with open_client(via, os.environ) as client:
+        show(client.call("POST", "/health", {"instance_id": instance}), health_text, as_json=as_json)
 
 
 def _read_config(path: Path | None) -> "NodeConfig":

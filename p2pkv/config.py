@@ -5,80 +5,33 @@ keys that nobody knows, are refused together with every wrong value, in one `Con
 """
 
 import os
+import re
 from collections.abc import Hashable, Mapping
-from difflib import get_close_matches
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo
 
+from p2pkv.config_layers import Layers, items, read_yaml, variables
 from p2pkv.core.ids import Address, is_instance_id
 from p2pkv.errors import ConfigError
+from p2pkv.lmcache_keys import LMCACHE_KEYS
 
 GIB = 2**30
+KEY_MIN_NBYTES = 32
+"""Of a cluster key: as many as the subkeys that are derived from it have."""
+KEY_MAX_NBYTES = 4096
+"""Any secret that people make is shorter; a longer file is the wrong one."""
 
-_SHARED_KEYS = frozenset(
-    {
-        "chunk_size",
-        "local_cpu",
-        "max_local_cpu_size",
-        "local_disk",
-        "max_local_disk_size",
-        "cache_policy",
-        "enable_controller",
-        "lmcache_instance_id",
-        "controller_url",
-        "lmcache_worker_port",
-        "distributed_url",
-    }
-)
-"""Keys that mean the same in LMCache and here."""
 
-_ALIASES = {"lmcache_worker_ports": "lmcache_worker_port", "controller_pull_url": "controller_url"}
-"""LMCache's newer names of keys."""
-
-_MEANINGLESS_KEYS = {
-    key: reason
-    for reason, keys in {
-        "there is no remote store": "remote_url remote_serde remote_storage_plugins audit_actual_remote_url",
-        "there is no central controller to answer to": "controller_reply_url",
-        "nodes find and watch each other by themselves": "enable_p2p p2p_host p2p_init_ports p2p_lookup_ports mp_host mp_port"
-        " lmcache_worker_ids lmcache_worker_heartbeat_delay_time lmcache_worker_heartbeat_time transfer_channel",
-        "moves replace prefill-decode channels": "enable_pd enable_xpyd pd_role pd_buffer_size pd_buffer_device pd_peer_host"
-        " pd_peer_init_port pd_peer_alloc_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_allocation_timeout_sec"
-        " pd_shutdown_timeout_sec pd_condition_poll_interval_sec pd_max_prefill_len pd_backend_mode"
-        " pd_skip_proxy_notification pd_bidirectional enable_nixl nixl_role nixl_peer_host nixl_peer_port nixl_receiver_host"
-        " nixl_receiver_port nixl_peer_init_port nixl_peer_alloc_port nixl_proxy_host nixl_proxy_port nixl_backends"
-        " nixl_buffer_size nixl_buffer_device nixl_enable_gc",
-        "chunks are kept in host memory": "gds_path gds_path_sharding gds_buffer_size gds_backend use_gds cufile_buffer_size"
-        " weka_path maru_path maru_pool_size local_disk_path_sharding store_location retrieve_locations storage_plugins"
-        " external_backends",
-        "its memory is made chunk by chunk": "local_cpu_use_hugepages reserve_local_cpu_size numa_mode pin_timeout_sec"
-        " pin_check_interval_sec enable_lazy_memory_allocator lazy_memory_initial_ratio lazy_memory_expand_trigger_ratio"
-        " lazy_memory_step_ratio lazy_memory_safe_size cost_aware_half_life_seconds cost_aware_ewma_alpha",
-        "chunk keys have one digest, the same everywhere": "pre_caching_hash_algorithm",
-        "the partly filled last chunk of a prompt is always stored": "save_unfull_chunk",
-        "the engine's adapter decides what it stores and loads": "use_layerwise save_decode_cache enable_async_loading"
-        " priority_limit min_retrieve_tokens hit_miss_ratio blocking_timeout_secs use_gpu_connector_v3"
-        " enable_hidden_state_cache max_hidden_state_cpu_size hidden_state_layers hidden_states_retrieve_mode",
-        "prefixes aren't blended": "enable_blending blend_recompute_ratios blend_thresholds blend_check_layers"
-        " blend_min_tokens blend_special_str",
-        "every node answers lookups itself": "external_lookup_client lookup_timeout_ms lookup_server_worker_ids"
-        " enable_scheduler_bypass_lookup",
-        "every node has its own HTTP door": "internal_api_server_enabled internal_api_server_host"
-        " internal_api_server_port_start internal_api_server_include_index_list internal_api_server_socket_path_prefix",
-        "p2pkv has nothing like it": "extra_config py_enable_gc runtime_plugin_locations plugin_locations"
-        " script_allowed_imports enable_chunk_statistics chunk_statistics_auto_start_statistics"
-        " chunk_statistics_auto_exit_timeout_hours chunk_statistics_auto_exit_target_unique_chunks"
-        " chunk_statistics_strategy enable_kv_events remote_config_url app_id",
-    }.items()
-    for key in keys.split()
-}
-"""LMCache's other keys, and why they have no meaning here."""
-
-_OTHER_VARIABLES = frozenset({"P2PKV_CONFIG_FILE", "P2PKV_RUNTIME_DIR"})
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP address and no name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
@@ -106,11 +59,6 @@ def _address(value: object) -> Address:
     return value if isinstance(value, Address) else parse_address(str(value))
 
 
-def _items(value: object) -> object:
-    """A list as an environment variable has it: `a, b` or `[a, b]`."""
-    return tuple(part.strip() for part in value.strip("[] ").split(",")) if isinstance(value, str) else value
-
-
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {value}")
@@ -123,31 +71,83 @@ def _name(value: str) -> str:
     return value
 
 
-def _local_host(value: str) -> str:
-    if not is_loopback(value):
-        raise ValueError(f"this version serves loopback only and can't use {value!r}; use 127.0.0.1 or localhost")
+def _secret(value: object) -> object:
+    """A key that a person wrote; what is wrong with it is told without it."""
+    if isinstance(value, SecretStr):
+        return value
+    if not isinstance(value, str) or not KEY_MIN_NBYTES <= len(value.encode()) <= KEY_MAX_NBYTES:
+        raise ValueError(f"must be a text of {KEY_MIN_NBYTES} to {KEY_MAX_NBYTES} bytes")
+    return SecretStr(value)
+
+
+def _one_key(value: Path | None, info: ValidationInfo) -> Path | None:
+    if value is not None and info.data.get("cluster_key") is not None:
+        raise ValueError("give either it or cluster_key")
     return value
 
 
-def _local_address(value: Address) -> Address:
-    _local_host(value.host)
+def _network(value: object) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(str(value))
+    except ValueError as error:
+        raise ValueError(f"must be a network, as 10.0.0.0/24: {error}") from error
+
+
+def _host(value: str, info: ValidationInfo) -> str:
+    """A host of this node or of another; one beyond loopback only where the traffic's safety has been decided on.
+
+    A key that was given and is wrong isn't in `info.data`; it has a problem of its own.
+    """
+    if not is_address(value) and not _HOST_NAME.fullmatch(value):
+        raise ValueError(f"must be a host name or an IP address, not {value!r}")
+    if is_loopback(value):
+        return value
+    settings = []
+    if info.data.get("cluster_key", "") is None and info.data.get("cluster_key_file", "") is None:
+        settings.append(f"cluster_key_file: a file of {KEY_MIN_NBYTES} bytes or more, the same on every node, mode 0600")
+    if not info.data.get("insecure_network", True):
+        settings.append("insecure_network: true, as nothing is encrypted: this version has no TLS yet")
+    if settings:
+        raise ValueError(f"{value} is beyond loopback, which needs {'; and '.join(settings)}")
     return value
 
 
-def _not_yet(default: object) -> AfterValidator:
-    """Refuses every value but `default`: the key is known, what it asks for is to come."""
+def _host_of(value: Address, info: ValidationInfo) -> Address:
+    _host(value.host, info)
+    return value
+
+
+def _reachable(value: str, info: ValidationInfo) -> str:
+    """A host of this node as others are told it; where this node is beyond loopback, it must be so too."""
+    is_loopback_node = is_loopback(info.data.get("bind_host", value))
+    if (is_address(value) and ip_address(value).is_unspecified) or (is_loopback(value) and not is_loopback_node):
+        raise ValueError(f"must be the address at which other nodes reach this one; {value} is everyone's own")
+    return value
+
+
+def _reachable_at(value: Address, info: ValidationInfo) -> Address:
+    _reachable(value.host, info)
+    return value
+
+
+def _not_yet(*known: object) -> AfterValidator:
+    """Refuses every value but these: the key is known, what other values ask for is to come."""
 
     def check(value: object) -> object:
-        if value != default:
+        if value not in known:
             raise ValueError("this version doesn't have it yet; leave it out")
         return value
 
     return AfterValidator(check)
 
 
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+
 Name = Annotated[str, AfterValidator(_name)]
-Host = Annotated[str, AfterValidator(_local_host)]
-LocalAddress = Annotated[Address, BeforeValidator(_address), AfterValidator(_local_address)]
+Host = Annotated[str, AfterValidator(_host)]
+HostAddress = Annotated[Address, BeforeValidator(_address), AfterValidator(_host_of)]
+Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 Port = Annotated[int, BeforeValidator(_number), Field(ge=1, le=65535)]
 Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=86400, allow_inf_nan=False)]
 Gibibytes = Annotated[float, BeforeValidator(_number), Field(gt=0, le=2**20, allow_inf_nan=False)]
@@ -157,23 +157,31 @@ class NodeConfig(BaseModel):
     """One instance's configuration; attributes are named as the yaml's keys.
 
     Attributes:
+        cluster_key: Who has it belongs to the cluster; the bytes of the text.
+        cluster_key_file: Where it stands instead.
+        insecure_network: The operator knows that traffic beyond loopback isn't encrypted.
         lmcache_instance_id: The instance's name, unique in the cluster.
         chunk_size: Tokens in a full chunk; the same in all instances that exchange chunks.
-        local_cpu: Always true: LocalCPUBackend is the one location of this version.
+        local_cpu: False: it has no LocalCPUBackend, and as that is the one location of this version, stores nothing.
         max_local_cpu_size: Hard limit of LocalCPUBackend in GiB, for all of the instance's workers together.
         max_local_disk_size: LMCache's limit of a disk location in GiB; without effect, as there is none.
         cache_policy: Which chunks go first when a location is full.
         cache_epoch: Raise it when weights change under the same name: chunks of different epochs never mix.
         enable_controller: False: no rendezvous and no compatible HTTP port.
-        controller_url: Where LMCache's controller would be; without effect as long as nodes don't serve it together.
-        controller_http_url: The compatible HTTP port, which the first node of the host that can bind it serves.
-        lmcache_worker_port: Port of the websocket door.
-        distributed_url: The transfer address; None for `bind_host` and any free port.
+        controller_url: The rendezvous: a contact, or an address of this host that the nodes here serve together.
+        controller_http_url: The compatible HTTP port, which the nodes of this host serve together.
+        lmcache_worker_port: Port of the websocket door; 0 for any free one.
+            distributed_url: The transfer address; None for `bind_host` and any free port.
         http_port: Port of this node's own HTTP door; None for any free one.
         cluster: Nodes of different clusters never join.
         contacts: Websocket doors of nodes to join through.
         bind_host: Where the doors listen.
         advertise_host: What others are told to dial, `bind_host` unless given.
+        allowed_peer_networks: Where members may be dialed; None for the networks that this node's own addresses lie in.
+            Contacts always may.
+        same_host_handoff: False: never pass descriptors, always send bytes over TCP.
+        transfer_streams: TCP streams of one move; this version has one.
+        transfer_rate_limit: MiB/s that all lanes of this node together may send; None for no limit.
         leave_s: How long a leaving node may take to end its moves, seconds.
         move_deadline_s: A move ends by then, seconds from its start.
         lease_s: A lease that isn't renewed ends by then, seconds.
@@ -183,37 +191,39 @@ class NodeConfig(BaseModel):
     The others are known and refused until this version has what they ask for.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
+    cluster_key: Secret | None = None  # these three come first: the hosts below depend on them
+    cluster_key_file: Annotated[Path | None, AfterValidator(_one_key)] = None
+    insecure_network: bool = False
     lmcache_instance_id: Name
     chunk_size: Annotated[int, BeforeValidator(_number), Field(ge=1, le=65536)] = 256
-    local_cpu: Annotated[bool, _not_yet(True)] = True
+    local_cpu: bool = True
     max_local_cpu_size: Gibibytes = 5.0
     local_disk: Annotated[object, _not_yet(None)] = None
     max_local_disk_size: Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] = 0.0
     cache_policy: Literal["LRU"] = "LRU"
     cache_epoch: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63)] = 0
     enable_controller: bool = True
-    controller_url: LocalAddress | None = None
-    controller_http_url: LocalAddress = Address("localhost", 9000)
-    lmcache_worker_port: Port
-    distributed_url: LocalAddress | None = None
+    controller_url: HostAddress | None = None
+    controller_http_url: HostAddress = Address("localhost", 9000)
+    lmcache_worker_port: Annotated[int, BeforeValidator(_number), Field(ge=0, le=65535)]
     http_port: Port | None = None
     cluster: Name = "p2pkv"
-    contacts: Annotated[tuple[LocalAddress, ...], BeforeValidator(_items), Field(max_length=256)] = ()
+    contacts: Annotated[tuple[HostAddress, ...], BeforeValidator(items), Field(max_length=256)] = ()
     bind_host: Host = "127.0.0.1"
-    advertise_host: Host = Field(default_factory=lambda values: values["bind_host"])
-    cluster_key: Annotated[object, _not_yet(None)] = None
-    cluster_key_file: Annotated[object, _not_yet(None)] = None
+    advertise_host: Annotated[Host, AfterValidator(_reachable)] = Field(
+        default_factory=lambda values: values["bind_host"], validate_default=True
+    )
+    distributed_url: Annotated[HostAddress, AfterValidator(_reachable_at)] | None = None
     tls_cert: Annotated[object, _not_yet(None)] = None
     tls_key: Annotated[object, _not_yet(None)] = None
     tls_ca: Annotated[object, _not_yet(None)] = None
-    same_host_handoff: Annotated[bool, _not_yet(True)] = True
-    transfer_streams: Annotated[object, _not_yet("auto")] = "auto"
-    transfer_rate_limit: Annotated[object, _not_yet(None)] = None
+    same_host_handoff: bool = True
+    transfer_streams: Annotated[object, _not_yet("auto", 1, "1")] = "auto"
+    transfer_rate_limit: Annotated[float, BeforeValidator(_number), Field(ge=1, allow_inf_nan=False)] | None = None
     leave_s: Seconds = 2.0
-    allowed_peer_networks: Annotated[object, _not_yet(None)] = None
-    insecure_network: Annotated[bool, _not_yet(False)] = False
+    allowed_peer_networks: Annotated[tuple[Network, ...] | None, BeforeValidator(items), Field(max_length=256)] = None
     move_deadline_s: Seconds = 600.0
     lease_s: Seconds = 30.0
     peer_fetch: Annotated[bool, _not_yet(False)] = False
@@ -228,7 +238,7 @@ class NodeConfig(BaseModel):
         Raises:
             ConfigError: The file can't be read, or it and `environ` have problems; all are listed.
         """
-        return cls._from_layers(_read_yaml(Path(path)), environ, source=str(path))
+        return cls._from_layers(read_yaml(Path(path)), environ, source=str(path))
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -241,11 +251,31 @@ class NodeConfig(BaseModel):
         return cls.from_yaml(path, environ) if path else cls._from_layers({}, environ, source="the environment")
 
     @classmethod
-    def _from_layers(cls, values: Mapping[Hashable, object], environ: Mapping[str, str], source: str) -> Self:
-        layers = _Layers(frozenset(cls.model_fields) - {"warnings"})
+    def of_controller(cls, *, host: str, port: int, monitor_port: int, environ: Mapping[str, str] = os.environ) -> Self:
+        """What `p2pkv controller` is: a node without storage at LMCache's controller's ports. `environ` says the rest.
+
+        Raises:
+            ConfigError: As `from_yaml`.
+        """
+        return cls._from_layers(
+            {"lmcache_worker_port": 0},
+            environ,
+            source="the command line",
+            lmcache_instance_id=f"controller-{port}",
+            local_cpu=False,
+            enable_controller=True,
+            bind_host=host,
+            controller_http_url=Address(host, port),
+            controller_url=Address(host, monitor_port),
+        )
+
+    @classmethod
+    def _from_layers(cls, values: Mapping[Hashable, object], environ: Mapping[str, str], source: str, **asked: object) -> Self:
+        layers = Layers(frozenset(cls.model_fields) - {"warnings"})
         layers.add({str(key): value for key, value in values.items()}, prefix="")
-        layers.add(_variables(environ, "LMCACHE_", _LMCACHE_KEYS), prefix="LMCACHE_")
-        layers.add(_variables(environ, "P2PKV_", None), prefix="P2PKV_")
+        layers.add(variables(environ, "LMCACHE_", LMCACHE_KEYS), prefix="LMCACHE_")
+        layers.add(variables(environ, "P2PKV_", None), prefix="P2PKV_")
+        layers.add(asked, prefix="")
         try:
             config = cls.model_validate({**layers.values, "warnings": tuple(layers.warnings)})
         except ValidationError as error:
@@ -257,120 +287,6 @@ class NodeConfig(BaseModel):
         return config
 
     @property
-    def ws_address(self) -> Address:
-        """Where other nodes reach this node's websocket door."""
-        return Address(host=self.advertise_host, port=self.lmcache_worker_port)
-
-    @property
     def cpu_limit_nbytes(self) -> int:
-        """Limit of LocalCPUBackend, in bytes."""
-        return int(self.max_local_cpu_size * GIB)
-
-
-_LMCACHE_KEYS = _SHARED_KEYS | set(_ALIASES) | set(_MEANINGLESS_KEYS)
-
-
-class _Layers:
-    """Values put over each other, the later the stronger, and what is wrong with their keys."""
-
-    def __init__(self, fields: frozenset[str]) -> None:
-        self.values: dict[str, object] = {}
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-        self._fields = fields
-        self._origins: dict[str, str] = {}
-
-    def add(self, layer: Mapping[str, object], prefix: str) -> None:
-        """Put one layer on top; `prefix` makes a key the name that the user wrote. A null says "as by default"."""
-        own: dict[str, str] = {}
-        for key, value in layer.items():
-            shown = prefix + key.upper() if prefix else key
-            field = _ALIASES.get(key, key)
-            if field in self._fields:
-                meant = self._first_port(shown, value) if key == "lmcache_worker_ports" else value
-                if field in own and self.values.get(field) != meant:
-                    self.problems.append(f"{shown}: contradicts {own[field]}, which means the same")
-                own[field] = shown
-                self._put(field, meant, shown)
-            elif key in _MEANINGLESS_KEYS:
-                self.warnings.append(f"{shown} has no meaning here: {_MEANINGLESS_KEYS[key]}")
-            else:
-                near = get_close_matches(key.lower(), sorted(self._fields | _LMCACHE_KEYS), n=1)
-                hint = f"; did you mean {prefix + near[0].upper() if prefix else near[0]}?" if near else ""
-                self.problems.append(f"{shown}: unknown key{hint}")
-
-    def add_problems(self, error: ValidationError) -> None:
-        """Say each of pydantic's findings in a sentence that begins with the name that the user wrote."""
-        for found in error.errors(include_url=False):
-            if found["type"] == "default_factory_not_called":  # it depends on a field that has a problem of its own
-                continue
-            field, *place = found["loc"]
-            name = "".join([self._origins.get(str(field), str(field)), *(f"[{part}]" for part in place)])
-            if found["type"] == "missing":
-                text = "is required"
-            elif found["type"] == "value_error":
-                text = str(found["ctx"]["error"])
-            else:
-                text = f"{found['msg'].removeprefix('Input ')}, not {_short(found['input'])}"
-            self.problems.append(f"{name}: {text}")
-
-    def _put(self, field: str, value: object, shown: str) -> None:
-        if value is None:
-            self.values.pop(field, None)
-        else:
-            self.values[field] = value
-            self._origins[field] = shown
-
-    def _first_port(self, shown: str, value: object) -> object:
-        ports = _items(value)
-        if not isinstance(ports, list | tuple) or not ports:
-            return value
-        if len(ports) > 1:
-            self.warnings.append(f"{shown}: one websocket port serves all workers, {ports[0]} is used")
-        return ports[0]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _variables(environ: Mapping[str, str], prefix: str, keys: frozenset[str] | None) -> dict[str, object]:
-    """Values of the variables `PREFIX_KEY`, of `keys` or all, by key in lower case; an empty one counts as unset."""
-    found = {name.removeprefix(prefix).lower(): environ[name] for name in sorted(environ) if name.startswith(prefix)}
-    special = {name.removeprefix(prefix).lower() for name in _OTHER_VARIABLES}
-    return {key: value for key, value in found.items() if value and key not in special and (keys is None or key in keys)}
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:  # noqa: FBT001, FBT002
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is there twice", key.start_mark)
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> Mapping[Hashable, object]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} isn't UTF-8 text: byte {error.start} is wrong") from error
-    try:
-        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path} isn't valid YAML: {error.problem}{place}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} isn't valid YAML: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path} isn't valid YAML: it is nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values, as `chunk_size: 256`")
-    return values
+        """Limit of LocalCPUBackend, in bytes; 0 when there is none."""
+        return int(self.max_local_cpu_size * GIB) if self.local_cpu else 0

@@ -30,6 +30,8 @@ class ErrorCode(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     PROTOCOL_ERROR = "protocol_error"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,10 @@ class RemoteProtocolError(P2pkvError):
     """A peer or client broke the protocol. Its connection is closed; nothing it sent last was acted on."""
 
 
+class DialRefusedError(P2pkvError):
+    """An address that this node doesn't dial: nobody's, or outside `allowed_peer_networks`. Nothing was sent there."""
+
+
 class NodeUnreachableError(P2pkvError):
     """No node answered at the place asked. Start one, or name another."""
 
@@ -71,6 +77,10 @@ class SealRefusedError(P2pkvError):
 
 class ForeignMemoryError(P2pkvError):
     """A descriptor from outside isn't sealed memory of the announced size. It was closed, nothing was adopted."""
+
+
+class RouteRefusedError(P2pkvError):
+    """A lane to a source couldn't be opened, and nothing was fetched. Try another route; the text is a sentence."""
 
 
 class UnsupportedCacheError(P2pkvError):
@@ -129,6 +139,12 @@ class StoreFullError(FailureError):
     """The limit is reached and nothing can be evicted. What was held before is held still."""
 
     codes = (ErrorCode.STORE_FULL,)
+
+
+class AccessDeniedError(FailureError):
+    """Show a token, or the full one instead of the read-only one. Nothing was done."""
+
+    codes = (ErrorCode.UNAUTHORIZED, ErrorCode.FORBIDDEN)
 
 
 class UnavailableError(FailureError):

@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,24 +14,49 @@ from pathlib import Path
 
 import trio
 
-from p2pkv.config import NodeConfig, parse_address
+from p2pkv.cluster_key import Purpose, configured_key, user_key
+from p2pkv.config import NodeConfig, is_loopback, parse_address
 from p2pkv.core.config import MachineConfig
-from p2pkv.core.events import LeaveRequested, SiblingsFound
+from p2pkv.core.events import LeaveRequested
 from p2pkv.core.ids import Address
 from p2pkv.core.machine import Machine
-from p2pkv.core.records import LaneAddress
-from p2pkv.errors import ConfigError, PortInUseError, failure_error
+from p2pkv.core.messages import PROTOCOL_VERSION
+from p2pkv.core.records import HandoffAddress
+from p2pkv.errors import ConfigError, failure_error
+from p2pkv.net.access import AccessTokens, DoorGuard
+from p2pkv.net.control import CONTROL_PATH, ControlDoor
 from p2pkv.net.descriptors import open_unix_listener
+from p2pkv.net.dial_rules import DialRules, networks_of
 from p2pkv.net.driver import Driver
 from p2pkv.net.engine_door import EngineDoor
 from p2pkv.net.handoff import HandoffFetcher, serve_handoffs
-from p2pkv.net.http.server import serve_http
+from p2pkv.net.http.server import guarded_app, serve_http
+from p2pkv.net.joining import keep_joining
+from p2pkv.net.lanes import RouteFetcher
 from p2pkv.net.links import PEER_PATH, PeerLinks
 from p2pkv.net.logs import configure_logs, logger
-from p2pkv.net.ports import address_of, listen_on, reserve
-from p2pkv.net.websockets import serve_websockets
-from p2pkv.rendezvous import NodeCard, Place, claim, living_cards, place_of, publish, runtime_directory
+from p2pkv.net.names import dialable, is_of_this_host, resolve
+from p2pkv.net.ports import address_of, listen_on
+from p2pkv.net.proof import Prover
+from p2pkv.net.shared_ports import SharedPorts
+from p2pkv.net.tcp_lane import RateLimit
+from p2pkv.net.tcp_source import serve_tcp
+from p2pkv.net.tcp_target import TcpFetcher
+from p2pkv.net.websockets import WebsocketHandler, serve_websockets
+from p2pkv.rendezvous import (
+    NodeCard,
+    Place,
+    claim,
+    living_cards,
+    living_places,
+    place_of,
+    publish,
+    runtime_directory,
+    user_folder,
+)
 from p2pkv.store.cpu import CpuStore
+from p2pkv.wire.limits import MIB
+from p2pkv.wire.proof import Who
 
 SPARE_DESCRIPTORS = 1024
 """Of the limit on open files: for sockets, for descriptors on their way, and for the interpreter. Shards get the rest."""
@@ -48,13 +73,13 @@ class NodeAddresses:
     Attributes:
         ws: Its websocket door.
         http: URL of its own HTTP shim.
-        transfer: `host:port` of its transfer address.
+        transfer: Its transfer address.
         shared: URL of the shared HTTP port if this node serves it; None when it doesn't.
     """
 
     ws: Address
     http: str
-    transfer: str
+    transfer: Address
     shared: str | None
 
 
@@ -96,22 +121,24 @@ async def open_node(config: NodeConfig, environ: Mapping[str, str] = os.environ)
     place = place_of(directory, config.cluster, config.lmcache_instance_id)
     with ExitStack() as stack:
         last = stack.enter_context(claim(place))
-        ports = _bind_ports(config, stack, living_cards(directory, config.cluster))
+        ports = await _open_ports(config, stack, partial(_sibling_sockets, place, directory))
         generation = max(time.time_ns() // 1_000_000, last.generation + 1 if last else 0)
-        parts = _assemble(config, place, ports, generation)
+        parts = _assemble(config, place, ports, generation, await _secure(config, ports, generation, environ))
         stack.callback(parts.store.close)
         async with trio.open_nursery() as nursery:
             await nursery.start(parts.driver.run)
             nursery.start_soon(_cancel_when_refused, parts.driver, nursery.cancel_scope)
             await _open_doors(parts, nursery)
-            _join(parts, directory)
+            nursery.start_soon(keep_joining, parts.driver, partial(_find_others, parts, directory))
             node = Node(config, ports.addresses, parts.driver)
             try:
                 yield node
             finally:
                 with trio.CancelScope(shield=True):
                     await node.leave()
-                    await parts.links.close_all("this node leaves")
+                    async with trio.open_nursery() as closing:
+                        closing.start_soon(parts.links.close_all, "this node leaves")
+                        closing.start_soon(parts.control.close_all, "this node leaves")
                 nursery.cancel_scope.cancel()
         if (failure := await parts.driver.wait_stopped()) is not None:
             raise failure_error(failure)
@@ -135,10 +162,38 @@ class _Parts:
     store: CpuStore
     links: PeerLinks
     driver: Driver
+    control: ControlDoor
+    security: "_Security"
 
 
-def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int) -> _Parts:
-    lane = LaneAddress(host_id=BOOT_ID.read_text(encoding="ascii").strip(), path=str(place.lane_socket))
+@dataclass(frozen=True, slots=True)
+class _Security:
+    """Whom this node believes, and whom it turns away."""
+
+    prover: Prover
+    dial_rules: DialRules
+    guard: DoorGuard
+
+
+async def _secure(config: NodeConfig, ports: "_Ports", generation: int, environ: Mapping[str, str]) -> _Security:
+    configured = configured_key(config)
+    key = configured or user_key(user_folder(environ, config.cluster), config.cluster)
+    me = Who(config.lmcache_instance_id, generation, (PROTOCOL_VERSION,))
+    tokens = None
+    if configured is not None:
+        tokens = AccessTokens(full=key.token(Purpose.FULL_ACCESS), read_only=key.token(Purpose.READ_ONLY_ACCESS))
+    hosts = (config.bind_host, config.advertise_host)
+    names = {*hosts, *(address.host for address in ports.shared.addresses)}
+    networks = config.allowed_peer_networks
+    return _Security(
+        Prover(key.subkey(Purpose.PEER_PROOF), config.cluster, me, door=PEER_PATH),
+        DialRules(await networks_of(hosts) if networks is None else networks),
+        DoorGuard(ports.numbers, frozenset(name for name in names if not is_loopback(name)), tokens),
+    )
+
+
+def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int, security: _Security) -> _Parts:
+    host_id = BOOT_ID.read_text(encoding="ascii").strip()
     machine_config = MachineConfig(
         instance=config.lmcache_instance_id,
         generation=generation,
@@ -146,7 +201,7 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         ws=ports.addresses.ws,
         http=ports.addresses.http,
         transfer=ports.addresses.transfer,
-        lane=lane,
+        handoff=HandoffAddress(host_id, str(place.lane_socket)) if config.same_host_handoff else None,
         zone=config.zone,
         chunk_size=config.chunk_size,
         cpu_limit_nbytes=config.cpu_limit_nbytes,
@@ -158,9 +213,19 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
     )
     # Tickets come from this generator: a seeded one would give itself away in the ids of 312 events.
     machine = Machine(machine_config, secrets.SystemRandom(), trio.current_time())
-    store, links = CpuStore(), PeerLinks()
-    driver = Driver(machine, memory=store, links=links, fetcher=HandoffFetcher(store, lane.host_id))
-    return _Parts(config=config, place=place, ports=ports, store=store, links=links, driver=driver)
+    store, links = CpuStore(), PeerLinks(security.prover, security.dial_rules)
+    fetcher = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=TcpFetcher(store, security.dial_rules))
+    driver = Driver(machine, memory=store, links=links, fetcher=fetcher)
+    return _Parts(
+        config=config,
+        place=place,
+        ports=ports,
+        store=store,
+        links=links,
+        driver=driver,
+        control=ControlDoor(driver, security.guard),
+        security=security,
+    )
 
 
 def _raise_descriptor_limit() -> int:
@@ -172,42 +237,83 @@ def _raise_descriptor_limit() -> int:
 
 async def _open_doors(parts: _Parts, nursery: trio.Nursery) -> None:
     config, place, ports, driver = parts.config, parts.place, parts.ports, parts.driver
-    lane_listener = trio.SocketListener(open_unix_listener(place.lane_socket))
-    await nursery.start(serve_handoffs, lane_listener, driver.machine.lane_grant, parts.store)
+    grants, limit = driver.machine.lane_grant, config.transfer_rate_limit
+    if config.same_host_handoff:
+        handoff_listener = trio.SocketListener(open_unix_listener(place.lane_socket))
+        await nursery.start(serve_handoffs, handoff_listener, grants, parts.store)
+    tcp_listener = trio.SocketListener(trio.socket.from_stdlib_socket(ports.transfer))
+    await nursery.start(serve_tcp, tcp_listener, grants, parts.store, None if limit is None else RateLimit(limit * MIB))
     engine_door = EngineDoor(driver, parts.store, chunk_size=config.chunk_size, cache_epoch=str(config.cache_epoch))
     await nursery.start(engine_door.serve, open_unix_listener(place.engine_socket))
-    ws_listener = trio.SocketListener(trio.socket.from_stdlib_socket(ports.ws))
-    routes = {PEER_PATH: partial(parts.links.accept, report=driver.handle)}
-    await nursery.start(serve_websockets, ws_listener, routes, ports.numbers)
-    await nursery.start(serve_http, driver, [port for port in (ports.http, ports.shared) if port is not None])
+    routes: dict[str, WebsocketHandler] = {
+        PEER_PATH: partial(parts.links.accept, report=driver.handle),
+        CONTROL_PATH: parts.control.accept,
+    }
+
+    async def serve_ws(listener: socket.socket, *, task_status: trio.TaskStatus[None]) -> None:
+        wrapped = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        async with trio.open_nursery() as served:
+            await served.start(serve_websockets, wrapped, routes, parts.security.guard)
+            task_status.started()
+
+    application = guarded_app(driver, parts.security.guard)
+    await nursery.start(serve_ws, ports.ws)
+    await nursery.start(serve_http, application, ports.http)
+    await nursery.start(ports.shared.pass_on, open_unix_listener(place.shared_socket))
+    shared_doors = {HTTP_KEY: partial(serve_http, application), RENDEZVOUS_KEY: serve_ws}
+    await nursery.start(ports.shared.serve, shared_doors, partial(_show_card, parts))
+    _show_card(parts)
 
 
-def _join(parts: _Parts, directory: Path) -> None:
-    """Let the other nodes of this host find this one, and dial them and all contacts."""
-    config, addresses = parts.config, parts.ports.addresses
-    found = list(config.contacts)
-    if config.enable_controller:
+# --- finding others -------------------------------------------------------------------------------------------------------
+
+
+def _show_card(parts: _Parts) -> None:
+    """Let the other nodes of this host find this one, as it is now."""
+    if parts.config.enable_controller:
+        addresses, shared = parts.ports.addresses, parts.ports.shared
         card = NodeCard(
-            instance=config.lmcache_instance_id,
+            instance=parts.config.lmcache_instance_id,
             generation=parts.driver.machine.config.generation,
             pid=os.getpid(),
             ws=str(addresses.ws),
             http=addresses.http,
-            transfer=addresses.transfer,
-            shared=addresses.shared,
+            transfer=str(addresses.transfer),
+            shared=_url(shared.held(HTTP_KEY)),
+            rendezvous=None if (held := shared.held(RENDEZVOUS_KEY)) is None else str(held),
         )
-        publish(parts.place, card)  # before looking: of two that start together, at least one finds the other
-        for sibling in living_cards(directory, config.cluster):
-            if sibling.instance == card.instance:
-                continue
-            try:
-                found.append(parse_address(sibling.ws))
-            except ValueError as error:
-                _log.warning("a node of this host shows no address", instance=sibling.instance, reason=str(error))
-    parts.driver.handle(SiblingsFound(tuple(found)))
+        publish(parts.place, card)
+
+
+async def _find_others(parts: _Parts, directory: Path) -> list[Address]:
+    """Whom to dial: this host's other nodes, the contacts, and who may be behind `controller_url`, unless that is here."""
+    config = parts.config
+    found = []
+    for sibling in living_cards(directory, config.cluster) if config.enable_controller else ():
+        if sibling.instance == config.lmcache_instance_id:
+            continue
+        try:
+            found.append(parse_address(sibling.ws))
+        except ValueError as error:
+            _log.warning("a node of this host shows no address", instance=sibling.instance, reason=str(error))
+    contacts = list(config.contacts)
+    if config.controller_url is not None and parts.ports.shared.held(RENDEZVOUS_KEY) is None:
+        contacts.append(config.controller_url)
+    found += await dialable(contacts)
+    parts.security.dial_rules.contacts_are(found)
+    return found
+
+
+def _sibling_sockets(place: Place, directory: Path) -> list[Path]:
+    """Where the other nodes of this host and cluster pass the shared ports on."""
+    siblings = living_places(directory, place.folder.parent.name)
+    return [sibling.shared_socket for sibling in siblings if sibling.instance != place.instance]
 
 
 # --- ports ----------------------------------------------------------------------------------------------------------------
+
+HTTP_KEY, RENDEZVOUS_KEY = "controller_http_url", "controller_url"
+"""Keys of the shared ports: the compatible HTTP port, and the websocket door that whole clusters meet at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,44 +322,44 @@ class _Ports:
 
     ws: socket.socket
     http: socket.socket
-    shared: socket.socket | None
+    transfer: socket.socket
+    shared: SharedPorts
     addresses: NodeAddresses
 
     @property
     def numbers(self) -> frozenset[int]:
-        """Ports of all doors."""
-        return frozenset(port.getsockname()[1] for port in (self.ws, self.http, self.shared) if port is not None)
+        """Ports of the doors that a browser might knock on."""
+        own = {port.getsockname()[1] for port in (self.ws, self.http)}
+        return frozenset(own | {address.port for address in self.shared.addresses})
 
 
-def _bind_ports(config: NodeConfig, stack: ExitStack, siblings: list[NodeCard]) -> _Ports:
+async def _open_ports(config: NodeConfig, stack: ExitStack, siblings: Callable[[], list[Path]]) -> _Ports:
     ws = stack.enter_context(listen_on(config.bind_host, config.lmcache_worker_port, key="lmcache_worker_port"))
     http = stack.enter_context(listen_on(config.bind_host, config.http_port or 0, key="http_port"))
     wanted = config.distributed_url
     transfer_host, transfer_port = (config.bind_host, 0) if wanted is None else (wanted.host, wanted.port)
-    transfer = stack.enter_context(reserve(transfer_host, transfer_port, key="distributed_url"))
-    shared = _bind_shared(config, siblings)
-    if shared is not None:
-        stack.enter_context(shared)
+    transfer = stack.enter_context(listen_on(transfer_host, transfer_port, key="distributed_url"))
+    shared = stack.enter_context(SharedPorts(await _shared_addresses(config), siblings))
+    for key, problem in (await shared.acquire()).items():
+        _log.warning("this node goes on without a port that nodes of one host share", key=key, reason=problem)
     addresses = NodeAddresses(
-        ws=config.ws_address,
+        ws=address_of(ws, config.advertise_host),
         http=f"http://{address_of(http, config.advertise_host)}",
-        transfer=str(address_of(transfer, transfer_host if wanted else config.advertise_host)),
-        shared=None if shared is None else f"http://{config.controller_http_url}",
+        transfer=address_of(transfer, transfer_host if wanted else config.advertise_host),
+        shared=_url(shared.held(HTTP_KEY)),
     )
-    return _Ports(ws=ws, http=http, shared=shared, addresses=addresses)
+    return _Ports(ws=ws, http=http, transfer=transfer, shared=shared, addresses=addresses)
 
 
-def _bind_shared(config: NodeConfig, siblings: list[NodeCard]) -> socket.socket | None:
-    """The compatible HTTP port, if this node shall serve it and can: it belongs to the first node of the host."""
+async def _shared_addresses(config: NodeConfig) -> dict[str, Address]:
+    """The shared ports that this node has a part in; a rendezvous on another host is a contact."""
     if not config.enable_controller:
-        return None
-    where = config.controller_http_url
-    try:
-        return listen_on(where.host, where.port, key="controller_http_url")
-    except PortInUseError as error:
-        holder = next((sibling.instance for sibling in siblings if sibling.shared == f"http://{where}"), None)
-        if holder is None:
-            _log.warning("this node goes on without the compatible HTTP port", reason=str(error))
-        else:
-            _log.info("another node serves the compatible HTTP port", port=where.port, instance=holder)
-        return None
+        return {}
+    shared = {HTTP_KEY: config.controller_http_url}
+    if (rendezvous := config.controller_url) is not None and any(map(is_of_this_host, await resolve(rendezvous))):
+        shared[RENDEZVOUS_KEY] = rendezvous
+    return shared
+
+
+def _url(address: Address | None) -> str | None:
+    return None if address is None else f"http://{address}"

@@ -1,6 +1,6 @@
 """The runtime directory, where the nodes of one user on one host meet, and where their engines find them.
 
-    <directory>/<cluster>/<instance>/    lock  card.json  engine.sock  lane.sock  node.log
+    <directory>/<cluster>/<instance>/    lock  card.json  engine.sock  lane.sock  shared.sock  node.log
 
 A node that lives holds a lock on its instance's `lock`; its card says where its doors are. The lock is an open file description
 lock: it goes with the process, however that ends, and others can ask whether it is held without taking it for a moment
@@ -23,7 +23,7 @@ from p2pkv.errors import ConfigError, ErrorCode, Failure, InstanceIdInUseError
 SOCKET_PATH_MAX_NBYTES = 107
 """Linux gives a unix socket's path 108 bytes, one of them for the NUL."""
 CARD_MAX_NBYTES = 4096
-"""A card has seven short fields; anything longer isn't one."""
+"""A card has eight short fields; anything longer isn't one."""
 _FLOCK = "hhqqi"
 """`struct flock` of a 64-bit Linux: type, whence, start, length, process."""
 
@@ -40,6 +40,7 @@ class NodeCard:
         http: URL of its own HTTP shim.
         transfer: `host:port` of its transfer address.
         shared: URL of the shared HTTP port if it answers there; None when it doesn't.
+        rendezvous: `host:port` of the shared websocket door if it answers there; None when it doesn't.
     """
 
     instance: str
@@ -49,6 +50,7 @@ class NodeCard:
     http: str
     transfer: str
     shared: str | None
+    rendezvous: str | None
 
 
 _CARD_TYPES = get_type_hints(NodeCard)
@@ -82,6 +84,11 @@ class Place:
         return self.folder / "lane.sock"
 
     @property
+    def shared_socket(self) -> Path:
+        """Where other nodes get the listening sockets of the shared ports."""
+        return self.folder / "shared.sock"
+
+    @property
     def log(self) -> Path:
         """Where a node that an engine started writes its log."""
         return self.folder / "node.log"
@@ -95,14 +102,22 @@ def runtime_directory(environ: Mapping[str, str]) -> Path:
     Raises:
         ConfigError: It can't be made, isn't this user's, or others may enter it.
     """
-    if chosen := environ.get("P2PKV_RUNTIME_DIR"):
-        directory = Path(chosen).absolute()
-    elif session := environ.get("XDG_RUNTIME_DIR"):
-        directory = Path(session) / "p2pkv"
-    else:
-        directory = Path(environ.get("TMPDIR") or "/tmp") / f"p2pkv-{os.geteuid()}"  # noqa: S108 - ownership is checked below
-    _make_private(directory)
+    chosen = environ.get("P2PKV_RUNTIME_DIR")
+    directory = Path(chosen).absolute() if chosen else _user_directory(environ)
+    _make_private(directory, "set P2PKV_RUNTIME_DIR to another")
     return directory
+
+
+def user_folder(environ: Mapping[str, str], cluster: str) -> Path:
+    """Where this user's nodes of `cluster` keep what they share wherever they meet, made if it isn't there.
+
+    Raises:
+        ConfigError: As `runtime_directory`.
+    """
+    folder = _user_directory(environ) / cluster
+    for directory in (folder.parent, folder):
+        _make_private(directory, "set cluster_key_file")
+    return folder
 
 
 def place_of(directory: Path, cluster: str, instance: str) -> Place:
@@ -136,8 +151,9 @@ def claim(place: Place) -> Iterator[NodeCard | None]:
         ConfigError: The folder can't be made, or isn't this user's alone.
         InstanceIdInUseError: Another node lives here.
     """
-    _make_private(place.folder.parent)
-    _make_private(place.folder)
+    sockets = (place.engine_socket, place.lane_socket, place.shared_socket)
+    for folder in (place.folder.parent, place.folder):
+        _make_private(folder, "set P2PKV_RUNTIME_DIR to another")
     with _open_lock(place, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
@@ -145,11 +161,11 @@ def claim(place: Place) -> Iterator[NodeCard | None]:
             detail = f"A node named {place.instance!r} runs on this host already. Stop it, or choose another name."
             raise InstanceIdInUseError(Failure(ErrorCode.INSTANCE_ID_IN_USE, detail)) from None
         last = read_card(place)
-        _remove(place.card, place.engine_socket, place.lane_socket)
+        _remove(place.card, *sockets)
         try:
             yield last
         finally:
-            _remove(place.engine_socket, place.lane_socket)
+            _remove(*sockets)
 
 
 def is_living(place: Place) -> bool:
@@ -184,27 +200,35 @@ def read_card(place: Place) -> NodeCard | None:
 
 def living_cards(directory: Path, cluster: str) -> list[NodeCard]:
     """The cards of all nodes of `cluster` that run now, by name; what can't be read is left out."""
+    cards = map(read_card, living_places(directory, cluster))
+    return [card for card in cards if card is not None]
+
+
+def living_places(directory: Path, cluster: str) -> list[Place]:
+    """The places of all nodes of `cluster` that run now, by name; those that are just starting have no card yet."""
     try:
         names = sorted(folder.name for folder in (directory / cluster).iterdir())
     except OSError:
         return []
-    places = (Place(directory / cluster / name, name) for name in names)
-    cards = (read_card(place) for place in places if is_living(place))
-    return [card for card in cards if card is not None]
+    return [place for name in names if is_living(place := Place(directory / cluster / name, name))]
 
 
-def _make_private(directory: Path) -> None:
+def _user_directory(environ: Mapping[str, str]) -> Path:
+    if session := environ.get("XDG_RUNTIME_DIR"):
+        return Path(session) / "p2pkv"
+    return Path(environ.get("TMPDIR") or "/tmp") / f"p2pkv-{os.geteuid()}"  # noqa: S108 - ownership is checked
+
+
+def _make_private(directory: Path, instead: str) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.lstat()
     except OSError as error:
-        raise ConfigError(
-            f"the runtime directory {directory} can't be used: {error.strerror}; set P2PKV_RUNTIME_DIR"
-        ) from error
+        raise ConfigError(f"the runtime directory {directory} can't be used: {error.strerror}; {instead}") from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ConfigError(
             f"the runtime directory {directory} must be a directory of yours that nobody else may enter (mode 0700); "
-            "change it, or set P2PKV_RUNTIME_DIR to another"
+            f"change it, or {instead}"
         )
 
 

@@ -16,7 +16,7 @@ from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, RequestId, Stag
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Goodbye, Hello, Message
-from p2pkv.core.records import LaneAddress, MemberState
+from p2pkv.core.records import HandoffAddress, MemberState
 from p2pkv.errors import Failure
 from sims.engine import NAMESPACE, Engine, payload
 from sims.lane import Lane
@@ -103,8 +103,8 @@ class World:
             cluster="simulated",
             ws=self._addresses[name],
             http="",
-            transfer="",
-            lane=LaneAddress(host_id="virtual", path=name),
+            transfer=None,
+            handoff=HandoffAddress(host_id="virtual", path=name),
             zone="",
             chunk_size=NAMESPACE.chunk_size,
             cpu_limit_nbytes=self._capacity * PAGE_NBYTES,

@@ -48,7 +48,7 @@ def scripted(answers: Iterator[tuple[int, object]]) -> NodeClient:
 
 def event(state: str, moved: int, error: dict[str, str] | None = None) -> tuple[int, object]:
     chunks = {"found": 4, "moved": moved, "already_there": 0, "shared_kept": 0, "failed": 0}
-    return 200, {"event_id": "e", "state": state, "chunks": chunks, "error": error}
+    return 200, {"event_id": "e", "state": state, "chunks": chunks, "bytes": moved * 2**20, "error": error}
 
 
 @pytest.fixture

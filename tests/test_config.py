@@ -36,7 +36,7 @@ def problems(path: Path, environ: dict[str, str] | None = None) -> str:
 def test_the_seeds_files_need_no_change(number: int, ws_port: int, transfer_port: int) -> None:
     config = NodeConfig.from_yaml(PAIR / f"instance{number}.yaml", {})
     assert config.lmcache_instance_id == f"lmcache_instance_{number}"
-    assert config.ws_address == Address("127.0.0.1", ws_port)
+    assert config.lmcache_worker_port == ws_port
     assert config.distributed_url == Address("localhost", transfer_port)
     assert config.controller_url == Address("localhost", 9001)
     assert config.controller_http_url == Address("localhost", 9000)
@@ -84,41 +84,47 @@ def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> 
 @pytest.mark.parametrize(
     "line",
     [
-        "local_cpu: false",
         "local_disk: file:///tmp/x",
-        "same_host_handoff: false",
-        "cluster_key: secret-key",
-        "cluster_key_file: /secret-key",
         "tls_cert: /c",
         "tls_key: /k",
         "tls_ca: /a",
         "transfer_streams: 4",
-        "transfer_rate_limit: 100",
         "peer_fetch: true",
-        "allowed_peer_networks: ['10.0.0.0/8']",
-        "insecure_network: true",
         "gossip: {probe_s: 1}",
     ],
 )
 def test_what_this_version_does_not_have_yet_is_refused_by_name(write: Write, line: str) -> None:
-    text = problems(write(f"{NEEDED}{line}\n"))
-    assert f"{line.partition(':')[0]}: this version doesn't have it yet" in text
-    assert "secret-key" not in text
+    assert f"{line.partition(':')[0]}: this version doesn't have it yet" in problems(write(f"{NEEDED}{line}\n"))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "bind_host: 0.0.0.0",
-        "advertise_host: example.org",
-        "contacts: ['10.0.0.1:8002']",
-        "controller_url: example.org:9001",
-        "controller_http_url: 192.168.0.1:9000",
-        "distributed_url: 10.0.0.1:8004",
-    ],
-)
-def test_addresses_off_this_host_are_refused_for_now(write: Write, line: str) -> None:
-    assert "this version serves loopback only" in problems(write(f"{NEEDED}{line}\n"))
+@pytest.mark.parametrize("limit", ["0.5", "-1", "0", ".inf", ".nan", "true", "fast"])
+def test_a_rate_limit_is_at_least_a_mebibyte_a_second(write: Write, limit: str) -> None:
+    assert "transfer_rate_limit: " in problems(write(f"{NEEDED}transfer_rate_limit: {limit}\n"))
+
+
+def test_how_bytes_travel_can_be_chosen(write: Write) -> None:
+    keys = "same_host_handoff: false\ntransfer_rate_limit: 100\ntransfer_streams: 1\n"
+    config = NodeConfig.from_yaml(write(f"{NEEDED}{keys}"), {"P2PKV_TRANSFER_STREAMS": "1"})
+    assert (config.same_host_handoff, config.transfer_rate_limit) == (False, 100.0)
+
+
+def test_a_node_can_do_without_storage_and_on_any_free_port(write: Write) -> None:
+    config = NodeConfig.from_yaml(write("lmcache_instance_id: a\nlmcache_worker_port: 0\nlocal_cpu: false\n"), {})
+    assert (config.cpu_limit_nbytes, config.lmcache_worker_port) == (0, 0)
+
+
+def test_a_controller_is_what_its_command_says_and_the_rest_what_variables_say() -> None:
+    environ = {
+        "P2PKV_CONTROLLER_HTTP_URL": "localhost:1",
+        "P2PKV_LMCACHE_INSTANCE_ID": "other",
+        "LMCACHE_CONFIG_FILE": "/missing",
+        "P2PKV_CLUSTER": "mine",
+        "P2PKV_LMCACHE_WORKER_PORT": "7",
+    }
+    config = NodeConfig.of_controller(host="localhost", port=9000, monitor_port=9001, environ=environ)
+    assert config.lmcache_instance_id == "controller-9000"
+    assert (config.controller_http_url, config.controller_url) == (Address("localhost", 9000), Address("localhost", 9001))
+    assert (config.cpu_limit_nbytes, config.cluster, config.lmcache_worker_port) == (0, "mine", 7)
 
 
 @pytest.mark.parametrize("url", ["localhost", "localhost:", ":80", "localhost:0", "localhost:65536", "localhost:x", "5"])

@@ -12,7 +12,16 @@ from p2pkv.rendezvous import NodeCard, Place, claim, is_living, living_cards, pl
 
 
 def card_of(instance: str) -> NodeCard:
-    return NodeCard(instance, 7, os.getpid(), ws="127.0.0.1:1", http="http://127.0.0.1:2", transfer="127.0.0.1:3", shared=None)
+    return NodeCard(
+        instance=instance,
+        generation=7,
+        pid=os.getpid(),
+        ws="127.0.0.1:1",
+        http="http://127.0.0.1:2",
+        transfer="127.0.0.1:3",
+        shared=None,
+        rendezvous="localhost:4",
+    )
 
 
 @contextmanager

@@ -69,19 +69,23 @@ def is_within(name: str, package: str) -> bool:
 
 # --- the wall between the rooms -------------------------------------------------------------------------------------------
 
-SHARED = {"errors", "config", "rendezvous", "browser_guard", "http_server"}
+SHARED = {"errors", "config", "rendezvous", "browser_guard", "cluster_key", "http_server"}
 """Top-level modules that any room but the core may import."""
 WALL = {
     "errors": set[str](),
     "rendezvous": {"errors"},
-    "config": {"core", "errors"},
+    "lmcache_keys": set[str](),
+    "config_layers": {"errors", "lmcache_keys"},
+    "config": {"config_layers", "core", "errors", "lmcache_keys"},
     "browser_guard": {"config"},
     "http_server": set[str](),
+    "cluster_key": {"config", "errors"},
     "core": {"errors"},
     "wire": {"core", *SHARED},
     "store": {"core", *SHARED},
     "net": {"core", "wire", *SHARED},
     "engines": {"core", "wire", *SHARED},
+    "client": {"core", "net", *SHARED},
     "node": {"core", "wire", "store", "net", *SHARED},
     "commands": {"core", "wire", "store", "net", "engines", "node", *SHARED},
     "demo": {"core", "engines", "commands", *SHARED},

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 
+from p2pkv.cluster_key import access_token
 from p2pkv.errors import NodeUnreachableError
 from p2pkv.rendezvous import living_cards, runtime_directory
 
@@ -64,13 +65,16 @@ def open_client(via: str | None, environ: Mapping[str, str]) -> Iterator[NodeCli
     """A client of the node at `via`, or else of the first that answers: on the shared port, then in the runtime directory.
 
     Raises:
-        ConfigError: The runtime directory can't be used.
+        ConfigError: The runtime directory, or the configuration that gives the access token, can't be used.
         NodeUnreachableError: Nothing answers at any of these.
     """
+    token = access_token(environ)
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
     url = via or _find_node(environ)
     try:
         # No proxy: a node is reached directly or not at all.
-        http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S), trust_env=False)
+        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
+        http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
     except httpx2.InvalidURL as error:
         raise NodeUnreachableError(f"{url} is no address of a node: {error}") from error
     with http:

@@ -1,9 +1,10 @@
 """`p2pkv move`: ask a node for a move, and wait for its end if wanted."""
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
 
 from p2pkv.commands.client import NodeClient, Reply
 
@@ -23,17 +24,27 @@ def move_and_wait(client: NodeClient, body: Mapping[str, object]) -> Reply:
     if not reply.is_success or reply.body["state"] not in UNFINISHED:
         return reply
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn
 
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("moving chunks", total=None)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("moving", total=None, told="")
         while True:
-            event = client.call("GET", f"/events/{reply.body['event_id']}")
+            event = client.call("GET", f"/events/{quote(reply.body['event_id'], safe='')}")
             if not event.is_success:
                 return event
             if event.body["state"] not in UNFINISHED:
                 return replace(reply, body={**reply.body, "state": event.body["state"], **(event.body["error"] or {})})
-            chunks = event.body["chunks"]
-            progress.update(bar, total=chunks["found"], completed=sum(chunks.values()) - chunks["found"])
+            found, settled, told = _progress_of(event.body)
+            # Until chunks are handed over, only the bytes tell how far it is, and nobody knows how many there will be.
+            progress.update(bar, total=found if settled else None, completed=settled, told=told)
             time.sleep(POLL_S)
+
+
+def _progress_of(event: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Chunks in all, those whose fate is known, and the same in words."""
+    chunks = event["chunks"]
+    found = chunks["found"]
+    settled = sum(chunks.values()) - found
+    return found, settled, f"{settled} of {found} chunks, {event['bytes'] / 2**20:.0f} MiB carried"

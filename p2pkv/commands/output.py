@@ -13,12 +13,28 @@ from p2pkv.errors import ErrorCode
 ENDED_BADLY = frozenset({"partial", "failed", "cancelled"})
 
 
-def show(reply: Reply, say: Callable[[Mapping[str, Any]], str], *, as_json: bool) -> None:
+Say = Callable[[Mapping[str, Any]], str]
+
+
+def show(reply: Reply, say: Say, *, as_json: bool) -> None:
     """Print a node's answer: as JSON, or what `say` makes of it for people.
 
     Raises:
         typer.Exit: The call was refused or what it asked for failed; the exit code says which.
     """
+    _show(reply, say, as_json=as_json)
+    if reply.body.get("state") in ENDED_BADLY:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def show_cancelled(reply: Reply, say: Say, *, as_json: bool) -> None:
+    """As `show`, of a move that should end as cancelled: anything else is a failure."""
+    _show(reply, say, as_json=as_json)
+    if reply.body["state"] != "cancelled":
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _show(reply: Reply, say: Say, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(reply.body))
     elif reply.is_success:
@@ -27,7 +43,7 @@ def show(reply: Reply, say: Callable[[Mapping[str, Any]], str], *, as_json: bool
         typer.echo(f"Error: {reply.body.get('detail', reply.body)}", err=True)
     if reply.body.get("error") == ErrorCode.INVALID_REQUEST:
         raise typer.Exit(ExitCode.WRONG_USAGE)
-    if not reply.is_success or reply.body.get("state") in ENDED_BADLY:
+    if not reply.is_success:
         raise typer.Exit(ExitCode.FAILED)
 
 
@@ -75,3 +91,30 @@ def lookup_text(answer: Mapping[str, Any]) -> str:
     if not layout:
         return "no instance holds any of it"
     return table(("INSTANCE", "LOCATION", "TOKENS"), [(instance, *held) for instance, held in sorted(layout.items())])
+
+
+def events_text(answer: Mapping[str, Any]) -> str:
+    """A line for each event."""
+    rows = [
+        (
+            event["event_id"],
+            event["state"],
+            "copy" if event["copy"] else "move",
+            "/".join(event["old_position"]),
+            "/".join(event["new_position"]),
+            event["num_tokens"],
+        )
+        for event in answer["events"]
+    ]
+    return table(("EVENT", "STATE", "KIND", "FROM", "TO", "TOKENS"), rows) if rows else "no events"
+
+
+def clear_text(answer: Mapping[str, Any]) -> str:
+    """How much was forgotten."""
+    return f"{answer['num_tokens']} tokens cleared"
+
+
+def health_text(answer: Mapping[str, Any]) -> str:
+    """That all is well; anything else is an error."""
+    workers = len(answer["error_codes"])
+    return f"alive, {workers} worker{'s' if workers > 1 else ''}"

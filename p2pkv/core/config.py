@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from p2pkv.core.ids import Address, Generation, InstanceId
-from p2pkv.core.records import LaneAddress
+from p2pkv.core.records import HandoffAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,11 @@ class MachineConfig:
         cluster: Nodes of other clusters are turned away.
         ws: Where its websocket door listens.
         http: URL of its own HTTP shim.
-        transfer: `host:port` of its transfer address.
-        lane: Where it hands descriptors over; None to never do so.
+        transfer: Where it serves chunks over TCP; None to not serve any.
+        handoff: Where it hands descriptors over; None to never do so, and never take any.
         zone: In the operator's words.
         chunk_size: Tokens in a full chunk.
-        cpu_limit_nbytes: Hard limit of LocalCPUBackend, pages counted whole.
+        cpu_limit_nbytes: Hard limit of LocalCPUBackend, pages counted whole; 0 to have no such location.
         descriptor_limit: Hard limit on shards held, a descriptor each.
         move_deadline_s: A move ends by then.
         lease_s: A lease not renewed ends by then.
@@ -33,8 +33,8 @@ class MachineConfig:
     cluster: InstanceId
     ws: Address
     http: str
-    transfer: str
-    lane: LaneAddress | None
+    transfer: Address | None
+    handoff: HandoffAddress | None
     zone: str
     chunk_size: int
     cpu_limit_nbytes: int

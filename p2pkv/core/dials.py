@@ -1,6 +1,6 @@
 """Addresses to dial: contacts, learned ones, and those of members whose link is lost; with backoff and bounds."""
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from math import inf
 from random import Random
@@ -48,6 +48,13 @@ class Dials:
             known.is_contact |= is_contact
         elif address not in self._own and len(self._dials) < DIALS_MAX:
             self._dials[address] = _Dial(is_contact=is_contact, due_at=now)
+
+    def contacts_are(self, addresses: Collection[Address], now: float) -> None:
+        """Dial these as long as it takes; those that were contacts before are no more than learned from now on."""
+        for address, dial in self._dials.items():
+            dial.is_contact = address in addresses
+        for address in addresses:
+            self.add(address, is_contact=True, now=now)
 
     def reached(self, address: Address, instance: InstanceId) -> None:
         """`instance` is behind `address`: no need to dial while it is linked."""

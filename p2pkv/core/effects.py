@@ -12,7 +12,7 @@ from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Location, RequestId, StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.messages import Message, Ticket
-from p2pkv.core.records import EventRecord, LaneAddress, MemberRecord
+from p2pkv.core.records import EventRecord, MemberRecord, Route
 from p2pkv.errors import Failure
 
 ENGINE_STAGE: StageId = "engine"
@@ -23,6 +23,7 @@ class ReleaseReason(StrEnum):
 
     EVICTED = "evicted"
     MOVED = "moved"
+    CLEARED = "cleared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +130,11 @@ class MemberChanged:
 
 @dataclass(frozen=True, slots=True)
 class FetchChunks:
-    """Bring these chunks from the source's lane into the stage named like the move. Ends in one `FetchEnded`."""
+    """Bring these chunks by this route into the stage named like the move. Ends in one `FetchEnded` or `RouteRefused`."""
 
     event_id: EventId
     source: InstanceId
-    lane: LaneAddress
+    route: Route
     ticket: Ticket
     chunks: tuple[Chunk, ...]
 

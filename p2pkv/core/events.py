@@ -17,7 +17,7 @@ ClientId = int
 
 @dataclass(frozen=True, slots=True)
 class SiblingsFound:
-    """Addresses of nodes to join through came to light: contacts, or nodes of this host."""
+    """All addresses of nodes to join through, as of now: contacts, and nodes of this host."""
 
     addresses: tuple[Address, ...]
 
@@ -85,6 +85,14 @@ class CancelRequested:
 
     request: RequestId
     event_id: EventId
+
+
+@dataclass(frozen=True, slots=True)
+class ClearRequested:
+    """A user wants everything at a position to be forgotten. Answered with the count of tokens that were held."""
+
+    request: RequestId
+    position: Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +174,14 @@ class FetchEnded:
     failure: Failure | None
 
 
+@dataclass(frozen=True, slots=True)
+class RouteRefused:
+    """A `FetchChunks` got nowhere: its route can't be used, and nothing was fetched."""
+
+    event_id: EventId
+    failure: Failure
+
+
 Event = (
     SiblingsFound
     | LinkOpened
@@ -175,6 +191,7 @@ Event = (
     | MoveRequested
     | EventAsked
     | CancelRequested
+    | ClearRequested
     | LeaveRequested
     | EngineAttached
     | StoreRequested
@@ -183,4 +200,5 @@ Event = (
     | ReadEnded
     | EngineLost
     | FetchEnded
+    | RouteRefused
 )

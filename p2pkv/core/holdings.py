@@ -28,7 +28,9 @@ class Holdings:
     def __init__(self, config: MachineConfig, outbox: Outbox) -> None:
         self.inventory = InventoryLog(config.generation)
         limit = Room(config.cpu_limit_nbytes, config.descriptor_limit)
-        self.books = {Location.LOCAL_CPU: Residencies(Location.LOCAL_CPU, limit, self.inventory)}
+        self.books: dict[Location, Residencies] = {}
+        if config.cpu_limit_nbytes:
+            self.books[Location.LOCAL_CPU] = Residencies(Location.LOCAL_CPU, limit, self.inventory)
         self.namespaces: dict[bytes, Namespace] = {}
         self._outbox = outbox
         self._chunk_size = config.chunk_size
@@ -94,6 +96,16 @@ class Holdings:
         """Another instance owns this chunk now: free it here."""
         book.remove(residency)
         self._outbox.add(ReleaseChunks(location=book.location, keys=(residency.chunk.key,), reason=ReleaseReason.MOVED))
+
+    def clear(self, book: Residencies) -> int:
+        """Forget all that is owned and not being handed over; returns how many tokens that were."""
+        cleared = [residency for residency in book if residency.slot is None]
+        for residency in cleared:
+            book.remove(residency)
+        if cleared:
+            keys = tuple(residency.chunk.key for residency in cleared)
+            self._outbox.add(ReleaseChunks(location=book.location, keys=keys, reason=ReleaseReason.CLEARED))
+        return sum(residency.chunk.token_count for residency in cleared)
 
     def namespaces_of(self, chunks: tuple[Chunk, ...]) -> tuple[Namespace, ...]:
         """The namespaces that `chunks` belong to, in order of their first chunk."""

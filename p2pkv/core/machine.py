@@ -1,23 +1,24 @@
 """One node's mind: what happened goes in, what to do comes out. No I/O, no clock, no randomness of its own.
 
 It only joins the parts and routes: membership decides who is there, `moves` what becomes of moves, `serving` what engines get,
-`holdings` what is held; the inventory's gossip is done here, since it needs all of them.
+`commands` what users order of one instance, `gossip` what the others learn, `holdings` what is held.
 
 The shell owns clock, sockets and memory (`net/driver`); the simulator is another shell (`sims`).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from random import Random
 from typing import assert_never
 
 from p2pkv.core import messages
+from p2pkv.core.commands import Commands
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.directory import Held, PromptFingerprints, longest_prefixes
 from p2pkv.core.effects import Effect, Stop
 from p2pkv.core.events import (
     CancelRequested,
+    ClearRequested,
     ClientId,
     DialFailed,
     EngineAttached,
@@ -32,14 +33,15 @@ from p2pkv.core.events import (
     MoveRequested,
     ReadEnded,
     RetrieveRequested,
+    RouteRefused,
     ShardsSealed,
     SiblingsFound,
     StoreRequested,
 )
+from p2pkv.core.gossip import Gossip
 from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
-from p2pkv.core.ids import EventId, InstanceId, LinkId
-from p2pkv.core.inventory import EntrySet, InventoryView
+from p2pkv.core.ids import EventId, InstanceId, LinkId, WallTime
 from p2pkv.core.keys import Identity, TokenBytes
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import InventoryEntry, Message
@@ -52,12 +54,8 @@ from p2pkv.core.peers import Joined, Lost
 from p2pkv.core.prompt import prompt_of
 from p2pkv.core.records import EventRecord, MemberRecord, MemberState
 from p2pkv.core.serving import Serving
-from p2pkv.errors import ErrorCode
+from p2pkv.errors import ErrorCode, Failure
 
-STATUS_S = 1.0
-"""Each second every peer gets one's own record and how far one's inventory has got."""
-FLUSH_S = 0.02
-"""Inventory changes of this long go out together: far below the 2 s by which all lookups agree."""
 STALL_S = 1.0
 """A wake-up that comes later than this was held up by this node itself."""
 LEAVE_MARGIN = 0.5
@@ -78,14 +76,12 @@ class Machine:
         self._targets = TargetMoves(*parts)
         self._coordinator = Coordinator(config, self._membership, self._history, self._outbox, rng, self._targets)
         self._serving = Serving(config, self._holdings, self._outbox, self._sources.keep)
-        self._views: dict[InstanceId, InventoryView] = {}
-        self._sent_sequence = 0
-        self._status_at = now
-        self._settled_at = now
-        self._flush_at = inf
+        self._gossip = Gossip(self._holdings, self._membership, self._outbox, now)
+        self._commands = Commands(self._holdings, self._membership, self._outbox, rng)
+        self._started_at = self._settled_at = now
         self._leave_by = inf
         self.is_leaving = False
-        self._describe()
+        self._gossip.describe()
 
     # --- the contract -----------------------------------------------------------------------------------------------------
 
@@ -98,9 +94,9 @@ class Machine:
     def wakeup_at(self) -> float:
         """The next deadline; inf when there is none."""
         return min(
-            self._status_at,
-            self._flush_at,
             self._leave_by,
+            self._gossip.wakeup_at(),
+            self._commands.wakeup_at(),
             self._membership.wakeup_at(),
             self._sources.wakeup_at(),
             self._targets.wakeup_at(),
@@ -118,11 +114,8 @@ class Machine:
         self._coordinator.wake(now)
         self._serving.wake(now)
         self._history.forget_old(now)
-        if now >= self._flush_at:
-            self._flush_inventory()
-        if now >= self._status_at:
-            self._status_at = now + STATUS_S
-            self._send_status()
+        self._gossip.wake(now)
+        self._commands.wake(now)
         return self._settle(now)
 
     def _notice_stall(self, now: float) -> None:
@@ -164,7 +157,7 @@ class Machine:
         alive = [record for record in self._membership.records() if record.state is MemberState.ALIVE]
         namespaces = dict.fromkeys(each for record in alive for each in record.namespaces if model in (None, each.model))
         prompts = [PromptFingerprints(prompt_of(each, identity, tokens)) for each in namespaces]
-        inventories = ((record.instance, self._inventory(record.instance)) for record in alive)
+        inventories = ((record.instance, self._gossip.entries_of(record.instance)) for record in alive)
         return longest_prefixes(prompts, [(instance, entries) for instance, entries in inventories if entries is not None])
 
     def lookup_local(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
@@ -177,16 +170,20 @@ class Machine:
         records = self._membership.records()
         return tuple(replace(each, locations=locations) if each is self._membership.me else each for each in records)
 
+    def unreachable(self, instance: InstanceId) -> Failure | None:
+        """Why nothing can be asked of an instance; None when it is alive, as far as is known here."""
+        return self._membership.unreachable(instance)
+
+    def met_at(self, instance: InstanceId) -> tuple[WallTime, WallTime] | None:
+        """When an instance joined, and when it was last heard, as far as is known here; for oneself, start and last event."""
+        is_me = instance == self.config.instance
+        met = (self._started_at, self._settled_at) if is_me else self._membership.met_at(instance)
+        return None if met is None else (met[0] + self.config.wall_offset_s, met[1] + self.config.wall_offset_s)
+
     def inventory_of(self, instance: InstanceId) -> tuple[InventoryEntry, ...]:
         """What an instance holds, as far as is known here, in order of fingerprints; empty for one that isn't known."""
-        entries = self._inventory(instance)
+        entries = self._gossip.entries_of(instance)
         return () if entries is None else tuple(sorted(entries, key=lambda each: (each.fingerprint, each.location)))
-
-    def _inventory(self, instance: InstanceId) -> EntrySet | None:
-        if instance == self.config.instance:
-            return self._holdings.inventory.entries
-        view = self._views.get(instance)
-        return None if view is None else view.entries
 
     def event(self, event_id: EventId) -> EventRecord | None:
         """An event as it is known here, without asking anyone."""
@@ -220,6 +217,8 @@ class Machine:
                 self._coordinator.ask(event, now)
             case CancelRequested():
                 self._coordinator.cancel(event, now)
+            case ClearRequested():
+                self._commands.clear(event, now)
             case LeaveRequested():
                 self._leave(now)
             case EngineAttached():
@@ -236,6 +235,8 @@ class Machine:
                 self._serving.engine_lost(event)
             case FetchEnded():
                 self._targets.fetch_ended(event, now)
+            case RouteRefused():
+                self._targets.route_refused(event, now)
             case _:
                 assert_never(event)
 
@@ -284,15 +285,17 @@ class Machine:
                 self._membership.leaving(sender, message, now)
             case messages.Status():
                 self._membership.status(sender, message)
-                self._catch_up(sender, lambda view: view.lags(message))
+                self._gossip.status(sender, message)
             case messages.InventoryRequest():
-                for part in self._holdings.inventory.since(message.generation, message.sequence):
-                    self._outbox.send(sender, part)
+                self._gossip.requested(sender, message)
             case messages.InventoryDelta():
-                self._catch_up(sender, lambda view: None if view.apply_delta(message) else view.request())
+                self._gossip.delta(sender, message)
             case messages.InventoryPage():
-                if sender in self._views:
-                    self._views[sender].apply_page(message)
+                self._gossip.page(sender, message)
+            case messages.ClearRequest():
+                self._commands.carry_out(message, sender)
+            case messages.ClearAnswer():
+                self._commands.answered(message, sender)
             case messages.PlanRequest():
                 self._sources.plan(message, sender, now)
             case messages.ManifestRequest():
@@ -323,40 +326,6 @@ class Machine:
             case _:
                 assert_never(message)
 
-    # --- inventory --------------------------------------------------------------------------------------------------------
-
-    def _catch_up(self, sender: InstanceId, step: Callable[[InventoryView], messages.InventoryRequest | None]) -> None:
-        view = self._views.get(sender)
-        if view is not None and (request := step(view)) is not None:
-            self._outbox.send(sender, request)
-
-    def _flush_inventory(self) -> None:
-        self._flush_at = inf
-        inventory = self._holdings.inventory
-        for part in inventory.since(inventory.generation, self._sent_sequence):
-            for instance in self._membership.linked():
-                self._outbox.send(instance, part)
-        self._sent_sequence = inventory.sequence
-
-    def _status(self) -> messages.Status:
-        inventory = self._holdings.inventory
-        return messages.Status(
-            me=self._membership.me,
-            sequence=inventory.sequence,
-            entry_count=len(inventory.entries),
-            entry_sum=inventory.entries.sum,
-        )
-
-    def _send_status(self) -> None:
-        self._describe()
-        self._views = {name: view for name, view in self._views.items() if self._membership.record_of(name) is not None}
-        status = self._status()
-        for instance in self._membership.linked():
-            self._outbox.send(instance, status)
-
-    def _describe(self) -> None:
-        self._membership.describe(tuple(self._holdings.namespaces.values()), self._holdings.statuses())
-
     # --- after each event -------------------------------------------------------------------------------------------------
 
     def _settle(self, now: float) -> list[Effect]:
@@ -366,10 +335,7 @@ class Machine:
                 self._follow(self._membership.news.popleft(), now)
             else:
                 self._receive_from(self.config.instance, self._outbox.to_self.popleft(), now)
-        if self._holdings.inventory.sequence != self._sent_sequence and self._flush_at == inf:
-            self._flush_at = now + FLUSH_S
-        if len(self._holdings.namespaces) != len(self._membership.me.namespaces):
-            self._send_status()
+        self._gossip.follow(now)
         if self._leave_by < inf and (now >= self._leave_by or not self._sources.has_open):
             self._stop(now)
         self._settled_at = now
@@ -378,12 +344,7 @@ class Machine:
     def _follow(self, news: Joined | Lost, now: float) -> None:
         match news:
             case Joined():
-                record = self._membership.record_of(news.instance)
-                view = self._views.get(news.instance)
-                if record is not None and (view is None or view.generation != record.generation):
-                    self._views[news.instance] = view = InventoryView(record.generation)
-                if view is not None:
-                    self._outbox.send(news.instance, view.request())
+                self._gossip.joined(news.instance)
             case Lost():
                 self._sources.target_lost(news.instance, now)
                 self._targets.source_lost(news.instance, now)

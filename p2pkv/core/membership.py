@@ -11,7 +11,7 @@ This is the seam where SWIM comes in: everything else asks `record_of`, `linked`
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from math import inf
 from random import Random
@@ -55,7 +55,7 @@ class Membership:
             ws=config.ws,
             http=config.http,
             transfer=config.transfer,
-            lane=config.lane,
+            handoff=config.handoff,
             zone=config.zone,
             namespaces=(),
             locations=(),
@@ -76,10 +76,28 @@ class Membership:
         member = self._members.get(instance)
         return None if member is None else member.record
 
+    def unreachable(self, instance: InstanceId) -> Failure | None:
+        """Why nothing can be asked of an instance; None when it is alive, as far as is known."""
+        record = self.record_of(instance)
+        if record is None:
+            detail = f"No instance {instance!r} is known in this cluster. `p2pkv members` lists those that are."
+            return Failure(ErrorCode.UNKNOWN_INSTANCE, detail)
+        if record.state is not MemberState.ALIVE:
+            detail = f"Instance {instance!r} is {record.state.value}. Start it again, or name another."
+            return Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
+        return None
+
     def records(self) -> tuple[MemberRecord, ...]:
         """All members, oneself included, by name."""
         records = [self.me, *(member.record for member in self._members.values())]
         return tuple(sorted(records, key=lambda record: record.instance))
+
+    def met_at(self, instance: InstanceId) -> tuple[float, float] | None:
+        """When a member joined, and when it was last heard; None for oneself, and for one that isn't known."""
+        member = self._members.get(instance)
+        if member is None:
+            return None
+        return member.joined_at, member.lost_at if member.link is None else self._links[member.link].heard_at
 
     def instance_of(self, link: LinkId) -> InstanceId | None:
         """Who is at the other end of a link; None before its Hello."""
@@ -108,10 +126,9 @@ class Membership:
 
     # --- links ------------------------------------------------------------------------------------------------------------
 
-    def found(self, addresses: Iterable[Address], now: float) -> None:
-        """Addresses to join through, from the configuration or from this host."""
-        for address in addresses:
-            self._dials.add(address, is_contact=True, now=now)
+    def found(self, addresses: Collection[Address], now: float) -> None:
+        """All addresses to join through, from the configuration and from this host, as of now."""
+        self._dials.contacts_are(addresses, now)
 
     def link_opened(self, link: LinkId, dialed: Address | None, now: float) -> None:
         """A websocket is open: introduce oneself."""
@@ -239,7 +256,9 @@ class Membership:
         is_news = known is None or known.record.state is not MemberState.ALIVE
         old_link = None if known is None else known.link
         peer.instance = record.instance
-        self._members[record.instance] = Member(record=record, link=peer.link)
+        self._members[record.instance] = Member(
+            record=record, link=peer.link, joined_at=now if is_news or known is None else known.joined_at
+        )
         self._outbox.links[record.instance] = peer.link
         self._reached(peer, record)
         if old_link is not None:

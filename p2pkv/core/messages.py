@@ -288,9 +288,27 @@ class EventReport:
     event: EventRecord | None
 
 
+@dataclass(frozen=True, slots=True)
+class ClearRequest:
+    """Forget everything at this location of yours. A repeat of a `nonce` is answered like the first."""
+
+    nonce: Nonce
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class ClearAnswer:
+    """What was forgotten, in tokens, or why nothing."""
+
+    nonce: Nonce
+    token_count: Count
+    failure: Failure | None
+
+
 MembershipMessage = Hello | Goodbye | Leaving | Members | Status | Ping | Pong
 InventoryMessage = InventoryRequest | InventoryDelta | InventoryPage
 SourceMessage = PlanRequest | ManifestRequest | FetchReport | TakeAnswer | CancelRequest
 TargetMessage = Offer | ManifestPage | Take
 CoordinatorMessage = PlanAnswer | EventRequest | EventReport
-Message = MembershipMessage | InventoryMessage | SourceMessage | TargetMessage | CoordinatorMessage
+CommandMessage = ClearRequest | ClearAnswer
+Message = MembershipMessage | InventoryMessage | SourceMessage | TargetMessage | CoordinatorMessage | CommandMessage

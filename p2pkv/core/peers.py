@@ -41,5 +41,6 @@ class Member:
 
     record: MemberRecord
     link: LinkId | None
+    joined_at: float
     lost_at: float = inf
     failed_dials: int = 0

@@ -109,11 +109,15 @@ class LocationStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class LaneAddress:
+class HandoffAddress:
     """Where an instance hands descriptors over: a unix socket at `path` on the host with this boot id."""
 
     host_id: Text
     path: Annotated[str, Len(1, 512)]
+
+
+Route = HandoffAddress | Address
+"""How to get at a source's chunks: by handoff, or over TCP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +131,8 @@ class MemberRecord:
         state: As far as the teller knows.
         ws: Its websocket door.
         http: URL of its own HTTP shim.
-        transfer: `host:port` of its transfer address.
-        lane: Where it hands descriptors over; None when it doesn't.
+        transfer: Where it serves chunks over TCP; None when it doesn't.
+        handoff: Where it hands descriptors over; None when it doesn't.
         zone: Where it stands, in the operator's words.
         namespaces: What its engines attached with, and what it holds.
         locations: How full it is.
@@ -140,8 +144,8 @@ class MemberRecord:
     state: MemberState
     ws: Address
     http: Text
-    transfer: Text
-    lane: LaneAddress | None
+    transfer: Address | None
+    handoff: HandoffAddress | None
     zone: Text
     namespaces: Annotated[tuple[Namespace, ...], Len(0, 64)]
     locations: Annotated[tuple[LocationStatus, ...], Len(0, 8)]

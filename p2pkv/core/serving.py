@@ -82,6 +82,10 @@ class Serving:
     def attach(self, event: EngineAttached) -> None:
         """An engine's worker says what it is."""
         namespace, worker = event.namespace, event.worker
+        if Location.LOCAL_CPU not in self._holdings.books:
+            detail = f"Instance {self._config.instance!r} stores nothing; attach to one that does."
+            self._outbox.refuse(event.request, ErrorCode.UNKNOWN_LOCATION, detail)
+            return
         problem = self._holdings.learn(namespace)
         if problem is None and not 0 <= worker < namespace.world_size:
             detail = f"There is no worker {worker} among {namespace.world_size}; they count from 0."

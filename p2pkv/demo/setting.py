@@ -1,4 +1,4 @@
-"""Where the demo takes place: a folder of its own with the two instances' files, a runtime directory, and free ports."""
+"""Where the demo takes place: a folder of its own with the instances' files, a runtime directory, and free ports."""
 
 import socket
 from contextlib import ExitStack
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INSTANCES = ("lmcache_instance_1", "lmcache_instance_2")
+TCP_INSTANCE = "lmcache_instance_3"
+"""A third one, which takes part as an instance on another host would: all that it sends and gets goes over TCP."""
 
 _YAML = """\
 # instance{number}.yaml
@@ -27,6 +29,8 @@ class Ports:
     engines: tuple[int, int] = (8000, 8001)
     workers: tuple[int, int] = (8002, 8003)
     transfers: tuple[int, int] = (8004, 8005)
+    tcp_worker: int = 8006
+    tcp_transfer: int = 8007
     shared: int = 9000
     monitor: int = 9001
 
@@ -47,6 +51,8 @@ def free_ports() -> tuple[Ports, dict[int, int]]:
             engines=(pick(usual.engines[0]), pick(usual.engines[1])),
             workers=(pick(usual.workers[0]), pick(usual.workers[1])),
             transfers=(pick(usual.transfers[0]), pick(usual.transfers[1])),
+            tcp_worker=pick(usual.tcp_worker),
+            tcp_transfer=pick(usual.tcp_transfer),
             shared=pick(usual.shared),
             monitor=pick(usual.monitor),
         )
@@ -71,13 +77,17 @@ def _hold(port: int, held: ExitStack) -> int:
 
 def instance_yaml(index: int, ports: Ports) -> str:
     """The file of instance `index` (0 or 1): with the usual ports the very text of the seed and of topology/pair."""
-    text = _YAML.format(
-        number=index + 1,
-        instance=INSTANCES[index],
-        monitor=ports.monitor,
-        worker=ports.workers[index],
-        transfer=ports.transfers[index],
-    )
+    return _yaml(index + 1, INSTANCES[index], worker=ports.workers[index], transfer=ports.transfers[index], ports=ports)
+
+
+def tcp_instance_yaml(ports: Ports) -> str:
+    """The file of the third instance."""
+    text = _yaml(3, TCP_INSTANCE, worker=ports.tcp_worker, transfer=ports.tcp_transfer, ports=ports)
+    return f"{text}same_host_handoff: False\n"
+
+
+def _yaml(number: int, instance: str, *, worker: int, transfer: int, ports: Ports) -> str:
+    text = _YAML.format(number=number, instance=instance, monitor=ports.monitor, worker=worker, transfer=transfer)
     return text if ports.shared == Ports().shared else f'{text}controller_http_url: "localhost:{ports.shared}"\n'
 
 

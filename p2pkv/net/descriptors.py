@@ -1,4 +1,7 @@
-"""Frames with descriptors over unix sockets, the trio side: what the engine socket and the handoff lane are made of."""
+"""Frames with descriptors over unix sockets, the trio side: what the engine socket and the handoff lane are made of.
+
+The TCP lane opens with the same frames, without descriptors.
+"""
 
 import os
 import socket
@@ -10,6 +13,7 @@ import trio
 
 from p2pkv.errors import RemoteProtocolError
 from p2pkv.wire.frames import ANCILLARY_NBYTES, Frame, FrameAssembler, close_all, encode_frame, rights
+from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
 
 FRAME_S = 10.0
 """A frame that has begun must have passed by then. Both ends are on one host: the largest, 8 MiB, takes milliseconds, and a
@@ -40,8 +44,12 @@ def is_own_user(connection: trio.socket.SocketType) -> bool:
     return bool(user == os.geteuid())
 
 
-async def receive_frame(connection: trio.socket.SocketType) -> Frame | None:
+async def receive_frame(connection: trio.socket.SocketType, limit_nbytes: int = MAX_MESSAGE_NBYTES) -> Frame | None:
     """Wait for the next frame, for ever until it begins, then at most `FRAME_S`.
+
+    Args:
+        connection: A unix socket, or one that passes no descriptors.
+        limit_nbytes: Of the payload.
 
     Returns:
         The frame, whose descriptors the caller owns; None when the other end has closed the connection.
@@ -52,7 +60,7 @@ async def receive_frame(connection: trio.socket.SocketType) -> Frame | None:
 
     A cancelled wait may have read part of a frame: close the connection then.
     """
-    with FrameAssembler() as assembler, trio.CancelScope() as rest:
+    with FrameAssembler(limit_nbytes) as assembler, trio.CancelScope() as rest:
         while assembler.missing_nbytes:
             data, ancillary, flags, _ = await connection.recvmsg(
                 assembler.missing_nbytes, ANCILLARY_NBYTES, socket.MSG_CMSG_CLOEXEC

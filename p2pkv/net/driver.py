@@ -7,7 +7,8 @@ event each. A bug in the machine ends the node: half a step may have been taken,
 
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -24,7 +25,7 @@ from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message
 from p2pkv.core.records import EventRecord
-from p2pkv.errors import ErrorCode, Failure, failure_error
+from p2pkv.errors import ErrorCode, Failure, RouteRefusedError, failure_error
 from p2pkv.net.logs import logger
 
 _log = logger("driver")
@@ -63,13 +64,18 @@ class Links(Protocol):
 
 
 class Fetcher(Protocol):
-    """What a transfer lane does for the driver; see `HandoffFetcher`."""
+    """What transfer lanes do for the driver; see `RouteFetcher`."""
 
     async def fetch(self, order: effects.FetchChunks, fetched: list[ChunkKey]) -> Failure | None:
         """Stage the chunks of `order`, appending each to `fetched` when it is whole; may be cancelled at any time.
 
+        Cancelled or failed, it leaves the whole chunks staged, and nothing of the others.
+
         Returns:
             Why some of them didn't come; None when all did.
+
+        Raises:
+            RouteRefusedError: The lane couldn't be opened, and nothing was fetched.
         """
 
 
@@ -97,6 +103,7 @@ class Driver:
         self._client_ids = count(1)
         self._answers: dict[RequestId, _Promise[Answer]] = {}
         self._ends: WeakValueDictionary[EventId, _Promise[EventRecord]] = WeakValueDictionary()  # as long as someone waits
+        self._watchers: list[Callable[[EventRecord], None]] = []
         self._fetches: dict[EventId, trio.CancelScope] = {}
         self._stopped: _Promise[Failure | None] = _Promise()
         self._bug: Exception | None = None
@@ -142,6 +149,19 @@ class Driver:
             end = self._ends[event_id] = _Promise()
         return await end.wait()
 
+    @contextmanager
+    def watch_events(self, told: Callable[[EventRecord], None]) -> Iterator[None]:
+        """Tell of every change of an event that this node takes part in or was asked for, until exit.
+
+        Args:
+            told: Called amid a step: it must neither raise nor call back, and bounds what it keeps itself.
+        """
+        self._watchers.append(told)
+        try:
+            yield
+        finally:
+            self._watchers.remove(told)
+
     # --- for the node ---
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -180,7 +200,7 @@ class Driver:
             raise
         finally:
             self._is_stepping = False
-        if self.machine.wakeup_at() != self._armed_at:
+        if self.machine.wakeup_at() < self._armed_at:  # a later one is seen when the earlier has passed
             self._deadline_moved.set()
 
     async def _keep_time(self) -> None:
@@ -237,12 +257,22 @@ class Driver:
     async def _fetch(self, order: effects.FetchChunks, scope: trio.CancelScope) -> None:
         fetched: list[ChunkKey] = []
         failure: Failure | None = Failure(ErrorCode.CANCELLED, "the fetch was cancelled")
+        refusal: Failure | None = None
         with scope:
-            failure = await self._fetcher.fetch(order, fetched)
+            try:
+                failure = await self._fetcher.fetch(order, fetched)
+            except RouteRefusedError as error:
+                _log.info("a route was refused", event_id=order.event_id, reason=str(error))
+                refusal = Failure(ErrorCode.TRANSFER_FAILED, str(error))
         del self._fetches[order.event_id]
-        self.handle(events.FetchEnded(order.event_id, tuple(fetched), failure))
+        if refusal is not None:
+            self.handle(events.RouteRefused(order.event_id, refusal))
+        else:
+            self.handle(events.FetchEnded(order.event_id, tuple(fetched), failure))
 
     def _tell_event(self, event: EventRecord) -> None:
+        for told in self._watchers:
+            told(event)
         if not event.state.is_final:
             return
         _log.info("move ended", event_id=event.event_id, state=event.state.value, chunks=asdict(event.chunks))

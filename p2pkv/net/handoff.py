@@ -5,54 +5,44 @@ The source passes only what its open move names and its store holds at that mome
 the store checks each descriptor (sealed for good, exact size, really allocated): that stands for a checksum, as nothing moved.
 """
 
-import hmac
 import os
-import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import trio
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.effects import FetchChunks
-from p2pkv.core.ids import EventId, StageId
+from p2pkv.core.ids import StageId
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.moves.source_move import LaneGrant
+from p2pkv.core.records import HandoffAddress
 from p2pkv.errors import ErrorCode, Failure, ForeignMemoryError, RemoteProtocolError
-from p2pkv.net.descriptors import is_own_user, receive_frame, send_frame
+from p2pkv.net.descriptors import is_own_user, send_frame
+from p2pkv.net.lanes import (
+    LANE_ERRORS,
+    Grants,
+    admit_target,
+    decode,
+    expect_frame,
+    next_frame,
+    prove_to_source,
+    reason_of,
+    refusing,
+    send,
+)
 from p2pkv.net.logs import logger
 from p2pkv.wire.frames import MAX_FRAME_DESCRIPTORS, Frame
-from p2pkv.wire.lane import (
-    MAX_FETCH_KEYS,
-    NONCE_NBYTES,
-    Descriptors,
-    Fetch,
-    LaneChallenge,
-    LaneEnd,
-    LaneMessage,
-    LaneOpen,
-    LaneOpened,
-    PassedShard,
-    lane_codec,
-    lane_mac,
-)
+from p2pkv.wire.lane import MAX_FETCH_KEYS, Descriptors, Fetch, PassedShard, lane_codec
 
-STALL_S = 10.0
-"""An end that says nothing for so long has lost its turn. Passing 250 descriptors takes a millisecond; the rest is for a host
-that is so busy that the other process doesn't run."""
 LANES_AT_ONCE = 32
 """Targets served at the same time; more wait for their turn. Each is done within milliseconds."""
 ADOPT_STRIDE = 32
 """Descriptors checked between two looks at the event loop: about 1 ms."""
 
-Grants = Callable[[EventId], LaneGrant | None]
-"""What the open moves of this source allow; `Machine.lane_grant`."""
-
-M = TypeVar("M", bound=LaneMessage)
 _log = logger("handoff")
 
 
@@ -95,28 +85,15 @@ async def _serve_target(stream: trio.SocketStream, *, grants: Grants, memory: Re
         async with stream, turns:
             if not is_own_user(stream.socket):
                 raise RemoteProtocolError("the target runs as another user")
-            event_id = await _admit_target(stream.socket, grants)
-            while (frame := await _next_frame(stream.socket)) is not None:
+            event_id = await admit_target(stream.socket, grants)
+            while (frame := await next_frame(stream.socket)) is not None:
                 with frame:
-                    fetch = _decode(frame, Fetch)
+                    fetch = decode(frame, Fetch)
                 grant = grants(event_id)
                 allowed = [key for key in fetch.keys if grant is not None and key in grant.keys]
                 await _pass(stream.socket, allowed, memory)
-    except (OSError, RemoteProtocolError, trio.TooSlowError) as error:
-        _log.warning("a lane was closed", reason=_reason(error))
-
-
-async def _admit_target(connection: trio.socket.SocketType, grants: Grants) -> EventId:
-    nonce = secrets.token_bytes(NONCE_NBYTES)
-    await _send(connection, LaneChallenge(nonce))
-    opening = await _expect(connection, LaneOpen)
-    grant = grants(opening.event_id)
-    ticket = secrets.token_bytes(32) if grant is None else grant.ticket  # an unknown move looks like a wrong ticket
-    proof = partial(lane_mac, ticket, source_nonce=nonce, target_nonce=opening.nonce, event_id=opening.event_id)
-    if not hmac.compare_digest(proof(LaneEnd.TARGET), opening.mac):
-        raise RemoteProtocolError("the target holds no ticket of an open move")
-    await _send(connection, LaneOpened(proof(LaneEnd.SOURCE)))
-    return opening.event_id
+    except LANE_ERRORS as error:
+        _log.warning("a lane was closed", reason=reason_of(error))
 
 
 async def _pass(connection: trio.socket.SocketType, keys: Iterable[ChunkKey], memory: ResidentMemory) -> None:
@@ -126,7 +103,8 @@ async def _pass(connection: trio.socket.SocketType, keys: Iterable[ChunkKey], me
         held = {shard.key: _descriptors(memory, shard.key) for shard in batch}  # anew: while a frame goes out, chunks may go
         passed = tuple(shard for shard in batch if held[shard.key])
         is_last = start + MAX_FRAME_DESCRIPTORS >= len(shards)
-        await _send(connection, Descriptors(passed, is_last), [held[shard.key][shard.worker] for shard in passed])
+        payload = lane_codec().encode(Descriptors(passed, is_last))
+        await send_frame(connection, payload, [held[shard.key][shard.worker] for shard in passed])
 
 
 def _descriptors(memory: ResidentMemory, key: ChunkKey) -> tuple[int, ...]:
@@ -152,20 +130,17 @@ class HandoffFetcher:
         self._host_id = host_id
 
     async def fetch(self, order: FetchChunks, fetched: list[ChunkKey]) -> Failure | None:
-        """Stage the chunks of `order`, appending each key to `fetched` when the chunk is whole.
-
-        Cancelled or failed, it leaves the whole chunks staged, and nothing of the others.
-
-        Returns:
-            Why some of them didn't come; None when all did.
-        """
+        """As `Fetcher.fetch`."""
         haul = _Haul(order, self._memory, fetched)
+        batches = [order.chunks[start : start + MAX_FETCH_KEYS] for start in range(0, len(order.chunks), MAX_FETCH_KEYS)]
         try:
-            async with _open_lane(order, self._host_id) as connection:
-                for start in range(0, len(order.chunks), MAX_FETCH_KEYS):
-                    await haul.fetch(connection, order.chunks[start : start + MAX_FETCH_KEYS])
-        except (OSError, RemoteProtocolError, trio.TooSlowError) as error:
-            haul.problems.append(_reason(error))
+            async with _open_lane(order, self._host_id, _request(batches[0])) as connection:
+                await haul.take(connection, batches[0])
+                for batch in batches[1:]:
+                    await send(connection, _request(batch))
+                    await haul.take(connection, batch)
+        except LANE_ERRORS as error:
+            haul.problems.append(reason_of(error))
         finally:
             haul.drop_halves()
         if not haul.problems:
@@ -183,22 +158,21 @@ class _Haul:
         self._fetched = fetched
         self._staged_workers: defaultdict[ChunkKey, set[int]] = defaultdict(set)
 
-    async def fetch(self, connection: trio.socket.SocketType, chunks: Sequence[Chunk]) -> None:
-        """Ask for `chunks` and take what comes."""
+    async def take(self, connection: trio.socket.SocketType, chunks: Sequence[Chunk]) -> None:
+        """Take what comes of `chunks`, which were asked for."""
         wanted = {chunk.key: chunk for chunk in chunks}
         fetched_before = len(self._fetched)
-        await _send(connection, Fetch(tuple(wanted)))
         is_last = False
         while not is_last:
-            with await _expect_frame(connection) as frame:
-                answer = _decode(frame, Descriptors)
-                await self._take(answer, frame, wanted)
+            with await expect_frame(connection) as frame:
+                answer = decode(frame, Descriptors)
+                await self._adopt(answer, frame, wanted)
             is_last = answer.is_last
         missing = len(wanted) - (len(self._fetched) - fetched_before)
         if missing:
             self.problems.append(f"{missing} of {len(wanted)} chunks are held there no longer")
 
-    async def _take(self, answer: Descriptors, frame: Frame, wanted: dict[ChunkKey, Chunk]) -> None:
+    async def _adopt(self, answer: Descriptors, frame: Frame, wanted: dict[ChunkKey, Chunk]) -> None:
         if len(frame.descriptors) != len(answer.shards):
             raise RemoteProtocolError(f"{len(frame.descriptors)} descriptors came for {len(answer.shards)} shards")
         for index, shard in enumerate(answer.shards):
@@ -223,60 +197,29 @@ class _Haul:
             self._memory.drop(self._stage, key)
 
 
+def _request(chunks: Sequence[Chunk]) -> Fetch:
+    return Fetch(tuple(chunk.key for chunk in chunks))
+
+
 @asynccontextmanager
-async def _open_lane(order: FetchChunks, host_id: str) -> AsyncIterator[trio.socket.SocketType]:
-    if order.lane.host_id != host_id:
-        raise RemoteProtocolError("it runs on another host, and this version has no lane between hosts")
-    path = Path(order.lane.path)
-    if not path.is_socket() or path.stat().st_uid != os.geteuid():
-        raise RemoteProtocolError("its lane is no socket of this user")
-    async with await trio.open_unix_socket(path) as stream:
-        if not is_own_user(stream.socket):
-            raise RemoteProtocolError("it runs as another user")
-        await _prove_to_source(stream.socket, order)
+async def _open_lane(order: FetchChunks, host_id: str, first_request: Fetch) -> AsyncIterator[trio.socket.SocketType]:
+    lane = f"The handoff lane of {order.source!r}"
+    with refusing(lane):
+        stream = await _connect(order, host_id)
+    async with stream:
+        with refusing(lane):
+            await prove_to_source(stream.socket, order, first_request)
         yield stream.socket
 
 
-async def _prove_to_source(connection: trio.socket.SocketType, order: FetchChunks) -> None:
-    challenge = await _expect(connection, LaneChallenge)
-    nonce = secrets.token_bytes(NONCE_NBYTES)
-    proof = partial(lane_mac, order.ticket, source_nonce=challenge.nonce, target_nonce=nonce, event_id=order.event_id)
-    await _send(connection, LaneOpen(order.event_id, nonce, proof(LaneEnd.TARGET)))
-    opened = await _expect(connection, LaneOpened)
-    if not hmac.compare_digest(proof(LaneEnd.SOURCE), opened.mac):
-        raise RemoteProtocolError("it doesn't hold the move's ticket")
-
-
-# --- both ends ------------------------------------------------------------------------------------------------------------
-
-
-async def _send(connection: trio.socket.SocketType, message: LaneMessage, descriptors: Sequence[int] = ()) -> None:
-    await send_frame(connection, lane_codec().encode(message), descriptors)
-
-
-async def _expect(connection: trio.socket.SocketType, kind: type[M]) -> M:
-    with await _expect_frame(connection) as frame:
-        return _decode(frame, kind)
-
-
-async def _expect_frame(connection: trio.socket.SocketType) -> Frame:
-    frame = await _next_frame(connection)
-    if frame is None:
-        raise RemoteProtocolError("it closed the lane")
-    return frame
-
-
-async def _next_frame(connection: trio.socket.SocketType) -> Frame | None:
-    with trio.fail_after(STALL_S):
-        return await receive_frame(connection)
-
-
-def _decode(frame: Frame, kind: type[M]) -> M:
-    message = lane_codec().decode(frame.payload)
-    if not isinstance(message, kind):
-        raise RemoteProtocolError(f"a {type(message).__name__} came instead of a {kind.__name__}")
-    return message
-
-
-def _reason(error: Exception) -> str:
-    return f"nothing came for {STALL_S:g} s" if isinstance(error, trio.TooSlowError) else str(error)
+async def _connect(order: FetchChunks, host_id: str) -> trio.SocketStream:
+    if not isinstance(order.route, HandoffAddress) or order.route.host_id != host_id:
+        raise RemoteProtocolError("it is on another host")
+    path = Path(order.route.path)
+    if not path.is_socket() or path.stat().st_uid != os.geteuid():
+        raise RemoteProtocolError("it is no socket of this user")
+    stream = await trio.open_unix_socket(path)
+    if not is_own_user(stream.socket):
+        await trio.aclose_forcefully(stream)
+        raise RemoteProtocolError("another user answers there")
+    return stream

@@ -1,25 +1,29 @@
-"""Links to peers: websockets that carry messages, and know nothing of what they say.
+"""Links to peers: websockets that carry messages, and know nothing of what they say but that a `Hello` tells who it is from.
 
-Each link reports `LinkOpened`, then a `MessageReceived` for each message, then `LinkLost`; the first and the last exactly once.
-One task reads, one writes. Sending only enqueues; a peer that doesn't read fast enough loses its link and holds nobody up. A
-peer that sends what is no message is told so in a `Goodbye` and disconnected; the others don't notice.
+On a new websocket both ends prove first that they belong to the cluster; who can't is refused, and nothing is reported. After
+that each link reports `LinkOpened`, then a `MessageReceived` for each message, then `LinkLost`; the first and the last exactly
+once. One task reads, one writes. Sending only enqueues; a peer that doesn't read fast enough loses its link and holds nobody
+up. A peer that sends what is no message is told so in a `Goodbye` and disconnected; the others don't notice.
 """
 
+from collections.abc import Awaitable, Callable
 from itertools import count
 
 import trio
-from trio_websocket import ConnectionClosed, Endpoint, WebSocketConnection, WebSocketRequest
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest
 
-from p2pkv.config import is_loopback
 from p2pkv.core.events import DialFailed, LinkLost, LinkOpened, MessageReceived
 from p2pkv.core.ids import Address, LinkId
-from p2pkv.core.messages import Goodbye, Message
-from p2pkv.errors import ErrorCode, Failure, RemoteProtocolError
+from p2pkv.core.messages import Goodbye, Hello, Message
+from p2pkv.errors import DialRefusedError, ErrorCode, Failure, RemoteProtocolError
+from p2pkv.net.dial_rules import DialRules
 from p2pkv.net.driver import EventSink
 from p2pkv.net.logs import logger
-from p2pkv.net.websockets import WEBSOCKET_ERRORS, dial_websocket, first_reason
+from p2pkv.net.proof import Prover
+from p2pkv.net.websockets import WEBSOCKET_ERRORS, dial_websocket, end_name, first_reason
 from p2pkv.wire.codec import peer_codec
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
+from p2pkv.wire.proof import Who
 
 PEER_PATH = "/peer"
 STALL_S = 5.0
@@ -30,6 +34,8 @@ QUEUE_MESSAGES = 1024
 """Of one link's outgoing queue: a snapshot of a million entries makes 500. A full queue closes the link."""
 QUEUE_NBYTES = 4 * MAX_MESSAGE_NBYTES
 """The same in bytes: four of the longest messages."""
+POLICY_VIOLATION = 1008
+"""RFC 6455, section 7.4.1."""
 
 _log = logger("links")
 
@@ -37,9 +43,10 @@ _log = logger("links")
 class _Link:
     """One open websocket, and what is queued for it."""
 
-    def __init__(self, link: LinkId, websocket: WebSocketConnection) -> None:
+    def __init__(self, link: LinkId, websocket: WebSocketConnection, proven: Who) -> None:
         self.id = link
-        self.peer = _name(websocket.remote)
+        self.peer = end_name(websocket.remote)
+        self._proven = proven
         self.scope = trio.CancelScope()
         self.loss = "cancelled"
         self._websocket = websocket
@@ -90,7 +97,10 @@ class _Link:
         """Report what comes in, until the websocket ends or the peer breaks the protocol."""
         try:
             while True:
-                report(MessageReceived(self.id, _decode(await self._websocket.get_message())))
+                message = _decode(await self._websocket.get_message())
+                if isinstance(message, Hello) and _who(message) != self._proven:
+                    raise RemoteProtocolError("its Hello is another's than it has proven to be")
+                report(MessageReceived(self.id, message))
         except ConnectionClosed as closed:
             self.close(_closed_reason(closed))
         except RemoteProtocolError as error:
@@ -100,33 +110,42 @@ class _Link:
 
 
 class PeerLinks:
-    """All links of a node, dialed and accepted."""
+    """All links of a node, dialed and accepted.
 
-    def __init__(self) -> None:
+    Args:
+        prover: Proves that this node belongs to the cluster, and finds out who else does.
+        dial_rules: Which addresses may be dialed.
+    """
+
+    def __init__(self, prover: Prover, dial_rules: DialRules) -> None:
+        self._prover = prover
+        self._dial_rules = dial_rules
         self._links: dict[LinkId, _Link] = {}
         self._ids = count(1)
         self._link_lost = trio.Event()
 
     async def dial(self, address: Address, report: EventSink) -> None:
         """Open a link to `address` and keep it until it is lost; reports `DialFailed`, or `LinkOpened` and all that follows."""
-        if not is_loopback(address.host):  # a peer may tell of any address; this version has no business elsewhere
-            report(DialFailed(address, "it isn't on this host"))
-            return
         failure: str | None = None
         is_open = False
         try:
-            async with dial_websocket(address, PEER_PATH) as websocket:
-                is_open = True
-                await self._keep(websocket, address, report)
-        except* WEBSOCKET_ERRORS as errors:
+            async with dial_websocket(await self._dial_rules.permitted(address), PEER_PATH) as websocket:
+                proven = await self._prove(websocket, self._prover.prove_to_acceptor)
+                if proven is not None:
+                    is_open = True
+                    await self._keep(websocket, proven, address, report)
+        except* (*WEBSOCKET_ERRORS, DialRefusedError) as errors:
             failure = first_reason(errors)
         if not is_open:
             _log.debug("dial failed", address=str(address), reason=failure)
-            report(DialFailed(address, failure or "it closed the connection"))
+            report(DialFailed(address, failure or "it isn't of this cluster"))
 
     async def accept(self, request: WebSocketRequest, report: EventSink) -> None:
         """Accept a peer's websocket and keep the link until it is lost, reporting all that happens to it."""
-        await self._keep(await request.accept(), None, report)
+        websocket = await request.accept()
+        proven = await self._prove(websocket, self._prover.prove_to_dialer)
+        if proven is not None:
+            await self._keep(websocket, proven, None, report)
 
     def send(self, link: LinkId, message: Message) -> None:
         """Enqueue `message`; on a link that is lost already, nothing happens. A full queue closes the link."""
@@ -145,8 +164,23 @@ class PeerLinks:
         while self._links:
             await self._link_lost.wait()
 
-    async def _keep(self, websocket: WebSocketConnection, dialed: Address | None, report: EventSink) -> None:
-        link = _Link(next(self._ids), websocket)
+    async def _prove(
+        self, websocket: WebSocketConnection, prove: Callable[[WebSocketConnection], Awaitable[Who]]
+    ) -> Who | None:
+        """Who is at the other end; None when it was refused, or refuses us."""
+        peer = end_name(websocket.remote)
+        try:
+            return await prove(websocket)
+        except RemoteProtocolError as error:
+            _log.warning("a peer was refused", peer=peer, reason=str(error))
+            with trio.move_on_after(FLUSH_S):
+                await websocket.aclose(POLICY_VIOLATION, "refused")
+        except ConnectionClosed as closed:
+            _log.warning("a proof was broken off", peer=peer, reason=_closed_reason(closed))
+        return None
+
+    async def _keep(self, websocket: WebSocketConnection, proven: Who, dialed: Address | None, report: EventSink) -> None:
+        link = _Link(next(self._ids), websocket, proven)
         self._links[link.id] = link
         report(LinkOpened(link.id, dialed))
         try:
@@ -162,8 +196,8 @@ class PeerLinks:
             report(LinkLost(link.id, link.loss))
 
 
-def _name(end: Endpoint | str) -> str:
-    return end if isinstance(end, str) else f"{end.address}:{end.port}"
+def _who(hello: Hello) -> Who:
+    return Who(hello.me.instance, hello.me.generation, hello.versions)
 
 
 def _decode(data: str | bytes) -> Message:

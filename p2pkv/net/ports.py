@@ -5,6 +5,7 @@ import socket
 
 from p2pkv.core.ids import Address
 from p2pkv.errors import ConfigError, PortInUseError
+from p2pkv.net.names import Endpoint
 
 BACKLOG = 128
 """Connections that wait to be accepted: a second's worth of a busy HTTP door."""
@@ -22,12 +23,23 @@ def listen_on(host: str, port: int, *, key: str) -> socket.socket:
         PortInUseError: It is taken.
         ConfigError: It can't be bound for another reason.
     """
-    return _bound(host, port, key=key, is_listening=True)
+    return listen_at(_endpoint(host, port, key), key=key)
 
 
-def reserve(host: str, port: int, *, key: str) -> socket.socket:
-    """A TCP socket that keeps the port from others and doesn't listen: connecting there is refused. As `listen_on`."""
-    return _bound(host, port, key=key, is_listening=False)
+def listen_at(endpoint: Endpoint, *, key: str) -> socket.socket:
+    """As `listen_on`, at an address that is resolved."""
+    bound = socket.socket(endpoint.family, socket.SOCK_STREAM)
+    host, port = endpoint.place[:2]
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(endpoint.place)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(f"{key}: port {port} of {host} is in use; stop what uses it, or choose another") from error
+        raise ConfigError(f"{key}: port {port} of {host} can't be bound: {error.strerror}") from error
+    return bound
 
 
 def address_of(bound: socket.socket, host: str) -> Address:
@@ -35,21 +47,9 @@ def address_of(bound: socket.socket, host: str) -> Address:
     return Address(host=host, port=bound.getsockname()[1])
 
 
-def _bound(host: str, port: int, *, key: str, is_listening: bool) -> socket.socket:
+def _endpoint(host: str, port: int, key: str) -> Endpoint:
     try:
         family, _, _, _, place = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        bound = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(f"{key}: {host} can't be used: {error.strerror}") from error
-    try:
-        if is_listening:  # then old connections don't keep the port; where nobody listens, two nodes could have it at once
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(place)
-        if is_listening:
-            bound.listen(BACKLOG)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUseError(f"{key}: port {port} of {host} is in use; stop what uses it, or choose another") from error
-        raise ConfigError(f"{key}: port {port} of {host} can't be bound: {error.strerror}") from error
-    return bound
+    return Endpoint(family, place)  # type: ignore[arg-type]  # only IP has TCP sockets

@@ -5,7 +5,7 @@ its sockets by itself.)
 """
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -14,6 +14,7 @@ import wsproto.utilities
 from trio_websocket import (
     ConnectionClosed,
     ConnectionRejected,
+    Endpoint,
     HandshakeError,
     WebSocketConnection,
     WebSocketRequest,
@@ -21,9 +22,12 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
-from p2pkv.browser_guard import Refusal, refuse_browser
+from p2pkv.browser_guard import Refusal
 from p2pkv.core.ids import Address
+from p2pkv.net.access import DoorGuard
 from p2pkv.net.logs import logger
+from p2pkv.net.names import connect
+from p2pkv.net.validation import MAX_BODY_NBYTES
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
 
 DIAL_S = 1.5
@@ -34,6 +38,8 @@ MAX_CONNECTIONS = 1024
 """Open at once; more are closed unread. A full mesh of 1,024 members, which is also the most that a `Hello` can name."""
 RECEIVE_NBYTES = 64 * 1024
 """Of one read; trio-websocket's own 4 KiB would make 2,000 reads of the longest message."""
+MAX_ACCEPTED_NBYTES = max(MAX_MESSAGE_NBYTES, MAX_BODY_NBYTES)
+"""The longest message that any of the websockets here takes; each refuses itself what is too long for it."""
 
 WEBSOCKET_ERRORS = (
     ConnectionClosed,
@@ -56,7 +62,7 @@ _log = logger("websockets")
 async def serve_websockets(
     listener: trio.SocketListener,
     routes: Mapping[str, WebsocketHandler],
-    ports: Collection[int],
+    guard: DoorGuard,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -65,32 +71,51 @@ async def serve_websockets(
     Args:
         listener: Bound and listening.
         routes: By path, without a query.
-        ports: All that this node's doors listen on, for the browser guard.
+        guard: Of this node's doors; whoever isn't a foreign web page gets to the routes.
         task_status: Told when connections are taken.
     """
     places = trio.Semaphore(MAX_CONNECTIONS)
-    serve = partial(_serve_stream, routes=routes, ports=ports, places=places)
+    serve = partial(_serve_stream, routes=routes, guard=guard, places=places)
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, serve, [listener])
         task_status.started()
 
 
 @asynccontextmanager
-async def dial_websocket(address: Address, path: str) -> AsyncIterator[WebSocketConnection]:
-    """A websocket to `path` at `address`, open within `DIAL_S`; its connection is closed on exit, without a handshake.
+async def dial_websocket(
+    places: Sequence[Address], path: str, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> AsyncIterator[WebSocketConnection]:
+    """A websocket to `path`, open within `DIAL_S`; its connection is closed on exit, without a handshake.
+
+    Args:
+        places: Addresses of one host, to be tried in turn; at least one.
+        path: Of the door.
+        headers: Sent along.
 
     Raises:
         ExceptionGroup: Of `WEBSOCKET_ERRORS`.
     """
     async with trio.open_nursery() as nursery:
         with trio.fail_after(DIAL_S) as limit:
-            async with await trio.open_tcp_stream(address.host, address.port) as stream:
+            place, connected = await connect(places, within_s=DIAL_S)
+            async with connected as stream:
                 websocket = await wrap_client_stream(
-                    nursery, stream, str(address), path, max_message_size=MAX_MESSAGE_NBYTES, receive_buffer_size=RECEIVE_NBYTES
+                    nursery,
+                    stream,
+                    str(place),
+                    path,
+                    extra_headers=list(headers),
+                    max_message_size=MAX_MESSAGE_NBYTES,
+                    receive_buffer_size=RECEIVE_NBYTES,
                 )
                 limit.deadline = math.inf
                 yield websocket
                 nursery.cancel_scope.cancel()
+
+
+def limit_messages(websocket: WebSocketConnection, nbytes: int) -> None:
+    """From now on a message of more than `nbytes` closes `websocket`. What has come in of one message counts too."""
+    websocket._max_message_size = nbytes  # noqa: SLF001 - trio-websocket has it fixed before it knows who is there
 
 
 def first_reason(errors: BaseExceptionGroup[BaseException]) -> str:
@@ -103,8 +128,13 @@ def first_reason(errors: BaseExceptionGroup[BaseException]) -> str:
     return str(error) or type(error).__name__
 
 
+def end_name(end: Endpoint | str) -> str:
+    """One end of a websocket, for people."""
+    return end if isinstance(end, str) else f"{end.address}:{end.port}"
+
+
 async def _serve_stream(
-    stream: trio.SocketStream, *, routes: Mapping[str, WebsocketHandler], ports: Collection[int], places: trio.Semaphore
+    stream: trio.SocketStream, *, routes: Mapping[str, WebsocketHandler], guard: DoorGuard, places: trio.Semaphore
 ) -> None:
     try:
         places.acquire_nowait()
@@ -116,9 +146,9 @@ async def _serve_stream(
         async with stream, trio.open_nursery() as nursery:
             with trio.fail_after(ACCEPT_S):
                 request = await wrap_server_stream(
-                    nursery, stream, max_message_size=MAX_MESSAGE_NBYTES, receive_buffer_size=RECEIVE_NBYTES
+                    nursery, stream, max_message_size=MAX_ACCEPTED_NBYTES, receive_buffer_size=RECEIVE_NBYTES
                 )
-            await _route(request, routes, ports)
+            await _route(request, routes, guard)
             nursery.cancel_scope.cancel()
     except* WEBSOCKET_ERRORS as errors:
         _log.info("a connection ended", reason=first_reason(errors))
@@ -126,8 +156,8 @@ async def _serve_stream(
         places.release()
 
 
-async def _route(request: WebSocketRequest, routes: Mapping[str, WebsocketHandler], ports: Collection[int]) -> None:
-    refusal = _refusal(request, ports)
+async def _route(request: WebSocketRequest, routes: Mapping[str, WebsocketHandler], guard: DoorGuard) -> None:
+    refusal = guard.refuse_page(headers_of(request))
     handler = routes.get(request.path.partition("?")[0])
     if refusal is None and handler is not None:
         await handler(request)
@@ -138,11 +168,8 @@ async def _route(request: WebSocketRequest, routes: Mapping[str, WebsocketHandle
         await request.reject(refusal.status, body=refusal.reason.encode())
 
 
-def _refusal(request: WebSocketRequest, ports: Collection[int]) -> Refusal | None:
+def headers_of(request: WebSocketRequest) -> dict[bytes, str]:
+    """The headers of the request for a websocket, by their names in lower case."""
     headers = {name: value.decode("latin-1") for name, value in request.headers}
-    return refuse_browser(
-        host=request._event.host,  # noqa: SLF001 - the one header that trio-websocket leaves out of `headers`
-        origin=headers.get(b"origin"),
-        fetch_site=headers.get(b"sec-fetch-site"),
-        ports=ports,
-    )
+    headers[b"host"] = request._event.host  # noqa: SLF001 - the one header that trio-websocket leaves out of `headers`
+    return headers

@@ -34,13 +34,29 @@ class StoreStatistics:
 
 
 @dataclass(slots=True)
-class _Shard:
+class Shard:
+    """One worker's part of a chunk.
+
+    Attributes:
+        descriptor: Of its memory; the store's.
+        nbytes: Of its payload, which its memory rounds up to pages.
+        is_sealed: Whether its bytes are final.
+        checksum: xxh3_128 of its payload; None until it is known. Whoever computes it may write it here, also when the chunk
+            has been released meanwhile.
+    """
+
     descriptor: int
     nbytes: int
     is_sealed: bool
+    checksum: bytes | None = None
+
+    @property
+    def charged_nbytes(self) -> int:
+        """Its memory, in whole pages."""
+        return memory.page_rounded(self.nbytes)
 
 
-_Shards = dict[int, _Shard]
+_Shards = dict[int, Shard]
 """By worker."""
 
 
@@ -52,17 +68,23 @@ class CpuStore:
         self._resident: dict[ChunkKey, _Shards] = {}
 
     def lend(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> int:
-        """Stage fresh memory for an engine to write.
+        """Stage fresh memory for an engine or a lane to write.
 
         Returns:
             Its descriptor, which stays the store's. Whoever gets it may write until `seal`.
         """
         descriptor = memory.create(nbytes)
-        self._stage(stage, key, worker, _Shard(descriptor, memory.page_rounded(nbytes), is_sealed=False))
+        self._stage(stage, key, worker, Shard(descriptor, nbytes, is_sealed=False))
         return descriptor
 
-    def seal(self, stage: StageId, key: ChunkKey, worker: int) -> None:
+    def seal(self, stage: StageId, key: ChunkKey, worker: int, checksum: bytes | None = None) -> None:
         """Make a lent shard read-only for good. It stays staged, refused or not, until it is admitted or dropped.
+
+        Args:
+            stage: To whom it was lent.
+            key: Its chunk.
+            worker: Which shard.
+            checksum: Of what was written, if it is known.
 
         Raises:
             SealRefusedError: It is still mapped, was never wholly written, or isn't staged any more.
@@ -72,6 +94,7 @@ class CpuStore:
             raise SealRefusedError("it was taken back: its lease has expired")
         memory.seal(shard.descriptor)
         shard.is_sealed = True
+        shard.checksum = checksum
 
     def adopt(self, stage: StageId, key: ChunkKey, worker: int, descriptor: int, nbytes: int) -> None:
         """Stage memory that another process has sealed.
@@ -91,7 +114,7 @@ class CpuStore:
         except ForeignMemoryError:
             os.close(descriptor)
             raise
-        self._stage(stage, key, worker, _Shard(descriptor, memory.page_rounded(nbytes), is_sealed=True))
+        self._stage(stage, key, worker, Shard(descriptor, nbytes, is_sealed=True))
 
     def admit(self, stage: StageId, key: ChunkKey) -> None:
         """Make a staged chunk resident. All its shards are sealed; a resident chunk of the same key is closed."""
@@ -113,10 +136,14 @@ class CpuStore:
         for key in keys:
             _close(self._resident.pop(key))
 
+    def shards(self, key: ChunkKey) -> tuple[Shard, ...]:
+        """A resident chunk's shards, in order of workers; their descriptors stay the store's."""
+        shards = self._resident[key]
+        return tuple(shards[worker] for worker in sorted(shards))
+
     def descriptors(self, key: ChunkKey) -> tuple[int, ...]:
         """Descriptors of a resident chunk's shards, in order of workers; they stay the store's."""
-        shards = self._resident[key]
-        return tuple(shards[worker].descriptor for worker in sorted(shards))
+        return tuple(shard.descriptor for shard in self.shards(key))
 
     def statistics(self) -> StoreStatistics:
         """What is held now."""
@@ -124,9 +151,9 @@ class CpuStore:
         staged = list(_each(self._staged.values()))
         return StoreStatistics(
             resident_count=len(self._resident),
-            resident_nbytes=sum(shard.nbytes for shard in resident),
+            resident_nbytes=sum(shard.charged_nbytes for shard in resident),
             staged_count=len(self._staged),
-            staged_nbytes=sum(shard.nbytes for shard in staged),
+            staged_nbytes=sum(shard.charged_nbytes for shard in staged),
             descriptor_count=len(resident) + len(staged),
         )
 
@@ -137,14 +164,14 @@ class CpuStore:
         self._staged.clear()
         self._resident.clear()
 
-    def _stage(self, stage: StageId, key: ChunkKey, worker: int, shard: _Shard) -> None:
+    def _stage(self, stage: StageId, key: ChunkKey, worker: int, shard: Shard) -> None:
         shards = self._staged.setdefault((stage, key), {})
         if worker in shards:
             os.close(shards[worker].descriptor)
         shards[worker] = shard
 
 
-def _each(chunks: Iterable[_Shards]) -> Iterator[_Shard]:
+def _each(chunks: Iterable[_Shards]) -> Iterator[Shard]:
     return (shard for shards in chunks for shard in shards.values())
 
 

@@ -69,9 +69,13 @@ class FrameAssembler:
     """Puts one frame together from what `recvmsg` gives. As a context, it closes descriptors of a frame that isn't completed.
 
     Receive at most `missing_nbytes` with room for `ANCILLARY_NBYTES`, `feed` it, and repeat until `missing_nbytes` is 0.
+
+    Args:
+        limit_nbytes: Of the payload.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit_nbytes: int = MAX_MESSAGE_NBYTES) -> None:
+        self._limit_nbytes = limit_nbytes
         self._header = bytearray()
         self._payload = bytearray()
         self._payload_nbytes: int | None = None
@@ -116,8 +120,8 @@ class FrameAssembler:
         self._header += data
         if len(self._header) == _HEADER.size:
             (self._payload_nbytes,) = _HEADER.unpack(self._header)
-            if not 0 < self._payload_nbytes <= MAX_MESSAGE_NBYTES:
-                raise RemoteProtocolError(f"a frame of {self._payload_nbytes} bytes; it must have 1 to {MAX_MESSAGE_NBYTES}")
+            if not 0 < self._payload_nbytes <= self._limit_nbytes:
+                raise RemoteProtocolError(f"a frame of {self._payload_nbytes} bytes; it must have 1 to {self._limit_nbytes}")
 
     def take(self) -> Frame:
         """The complete frame; its descriptors are the caller's."""

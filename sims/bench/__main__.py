@@ -7,7 +7,10 @@ from sims.bench.report import print_rows
 
 BENCHES = {
     "handoff": "32 chunks of 32 MiB between two instances of one host",
+    "tcp": "the same over loopback TCP with checksums, beside a bare transfer",
+    "lookup": "lookups of 512 and of 131,072 tokens, and how long they stall the node",
     "node": "time until a node is ready, and its idle memory",
+    "small": "moves of 12 tokens over HTTP and over the websocket",
 }
 
 

@@ -29,15 +29,15 @@ def run() -> Sequence[Row]:
     """Move the same gigabyte there and back, `ROUNDS` times each."""
     with open_bench() as bench:
         nodes = [bench.start(name, max_local_cpu_size=4) for name in ("bench1", "bench2")]
-        _store(nodes[0])
+        store(nodes[0], TOKENS)
         moves, reads = [], []
         with httpx2.Client(base_url=nodes[0].http, trust_env=False, timeout=30) as client:
-            _wait_for_pair(client)
+            wait_for_pair(client)
             for round_index in range(2 * ROUNDS):
                 old, new = nodes if round_index % 2 == 0 else nodes[::-1]
-                moves.append(_move(client, old.instance, new.instance) * 1000)
+                moves.append(move(client, old.instance, new.instance, TOKENS) * 1000)
             for node in (nodes[1], nodes[0]):
-                _move(client, nodes[0].instance if node is nodes[1] else nodes[1].instance, node.instance)
+                move(client, nodes[0].instance if node is nodes[1] else nodes[1].instance, node.instance, TOKENS)
                 reads.append(_read(node) * 1000)
     total = f"{CHUNK_COUNT} x {CHUNK_NBYTES >> 20} MiB"
     return (
@@ -48,26 +48,29 @@ def run() -> Sequence[Row]:
     )
 
 
-def _store(node: NodeProcess) -> None:
+def store(node: NodeProcess, tokens: Sequence[int]) -> None:
+    """Have `node` hold `CHUNK_COUNT` chunks of these tokens."""
     with EngineCache.attach(node.config, model="bench", layout=LAYOUT, autostart=False) as cache:
         one = torch.randn(LAYOUT.layers, 2, CHUNK_SIZE, LAYOUT.kv_heads, LAYOUT.head_dim).to(torch.bfloat16)
-        held = cache.store(TOKENS, one.repeat(1, 1, CHUNK_COUNT, 1, 1))
-        assert held == len(TOKENS), f"only {held} tokens were stored"
+        held = cache.store(tokens, one.repeat(1, 1, CHUNK_COUNT, 1, 1))
+        assert held == len(tokens), f"only {held} tokens were stored"
 
 
-def _wait_for_pair(client: httpx2.Client) -> None:
+def wait_for_pair(client: httpx2.Client) -> None:
+    """Wait until the node of `client` knows another one."""
     deadline = time.monotonic() + 10
     while sum(member["state"] == "alive" for member in client.get("/members").json()["members"]) < 2:
         assert time.monotonic() < deadline, "the nodes didn't find each other"
         time.sleep(0.05)
 
 
-def _move(client: httpx2.Client, old: str, new: str) -> float:
-    body = {"old_position": [old, POSITION], "new_position": [new, POSITION], "tokens": TOKENS, "wait_s": 30}
+def move(client: httpx2.Client, old: str, new: str, tokens: Sequence[int]) -> float:
+    """Move them all; seconds from the request to `done`."""
+    body = {"old_position": [old, POSITION], "new_position": [new, POSITION], "tokens": tokens, "wait_s": 30}
     began = time.perf_counter()
     reply = client.post("/move", json=body).json()
     took_s = time.perf_counter() - began
-    assert (reply["state"], reply["num_tokens"]) == ("done", len(TOKENS)), reply
+    assert (reply["state"], reply["num_tokens"]) == ("done", len(tokens)), reply
     return took_s
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,8 @@ class Bench:
         self._nodes: list[NodeProcess] = []
         (folder / "run").mkdir(mode=0o700)
 
-    def start(self, instance: str, **keys: object) -> NodeProcess:
-        """Start a node and wait until it is ready; further configuration by `keys`."""
+    def start(self, instance: str, *, program: Sequence[str] = ("p2pkv", "node"), **keys: object) -> NodeProcess:
+        """Start a node, or another `program` that is one, and wait until it is ready; further configuration by `keys`."""
         settings = {
             "lmcache_instance_id": instance,
             "lmcache_worker_port": free_port(),
@@ -49,7 +49,8 @@ class Bench:
         began = time.perf_counter()
         with (self.folder / f"{instance}.log").open("w") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", "p2pkv", "node", "--config", str(config)],
+                [sys.executable, "-m", *program, "--config", str(config)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

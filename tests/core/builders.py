@@ -25,8 +25,8 @@ from p2pkv.core.records import (
     ChunkCounts,
     EventRecord,
     EventState,
+    HandoffAddress,
     Lane,
-    LaneAddress,
     LocationStatus,
     MemberRecord,
     MemberState,
@@ -115,7 +115,8 @@ class Limits(TypedDict, total=False):
 
     cluster: InstanceId
     ws: Address
-    lane: LaneAddress | None
+    transfer: Address | None
+    handoff: HandoffAddress | None
     chunk_size: int
     cpu_limit_nbytes: int
     descriptor_limit: int
@@ -129,8 +130,8 @@ def config_of(name: InstanceId, generation: int = 1, **changes: Unpack[Limits]) 
         cluster="test",
         ws=address_of(name),
         http=f"http://{name}",
-        transfer=f"{name}:2",
-        lane=LaneAddress(host_id="host", path=f"/{name}"),
+        transfer=None,
+        handoff=HandoffAddress(host_id="host", path=f"/{name}"),
         zone="",
         chunk_size=CHUNK_SIZE,
         cpu_limit_nbytes=1000 * PAGE_NBYTES,
@@ -152,8 +153,8 @@ def member(name: InstanceId, generation: int = 1, *namespaces: Namespace) -> Mem
         state=MemberState.ALIVE,
         ws=address_of(name),
         http=f"http://{name}",
-        transfer=f"{name}:2",
-        lane=LaneAddress(host_id="host", path=f"/{name}"),
+        transfer=None,
+        handoff=HandoffAddress(host_id="host", path=f"/{name}"),
         zone="",
         namespaces=namespaces,
         locations=(LocationStatus(CPU, chunk_count=0, nbytes=0, limit_nbytes=1000 * PAGE_NBYTES),),

@@ -28,6 +28,7 @@ from p2pkv.core.events import (
     LinkOpened,
     MessageReceived,
     MoveRequested,
+    RouteRefused,
     ShardsSealed,
     SiblingsFound,
     StoreRequested,
@@ -36,7 +37,7 @@ from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, RequestId, Stag
 from p2pkv.core.keys import ChunkKey, Namespace, TokenBytes, fingerprint
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message
-from p2pkv.core.records import EventRecord, MemberState, Operation, Selection
+from p2pkv.core.records import EventRecord, MemberState, Operation, Route, Selection
 from p2pkv.errors import ErrorCode, Failure
 from tests.core.builders import IDENTITY, NAMESPACE, Limits, address_of, at, chunks_of, config_of
 
@@ -101,6 +102,7 @@ class Cluster:
         self.done: list[tuple[InstanceId, Effect]] = []
         self.held: deque[Callable[[], None]] = deque()
         self.lane_brings = 10**9
+        self.refused_routes: tuple[type[Route], ...] = ()
         self.damaged: dict[ChunkKey, None] = {}
         self._namespace = namespace
         self._limits = limits
@@ -441,6 +443,9 @@ class Cluster:
 
     def _fetch(self, node: Node, order: FetchChunks) -> None:
         """The lane gives what the source grants and holds, at most `lane_brings` chunks, and damaged ones not at all."""
+        if isinstance(order.route, self.refused_routes):
+            self._tell(node, RouteRefused(order.event_id, Failure(ErrorCode.TRANSFER_FAILED, "Nobody opens.")))
+            return
         source = self.nodes[order.source]
         grant = source.machine.lane_grant(order.event_id) if source.is_up else None
         fetched: list[ChunkKey] = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from p2pkv.core.directory import Held
 from p2pkv.core.effects import FetchChunks, MemberChanged, SendMessage, Stop
 from p2pkv.core.events import EngineAttached, LeaveRequested, LinkLost
-from p2pkv.core.machine import FLUSH_S, STATUS_S
+from p2pkv.core.gossip import FLUSH_S, STATUS_S
 from p2pkv.core.messages import (
     EventReport,
     FetchReport,

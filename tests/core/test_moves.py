@@ -9,7 +9,7 @@ from p2pkv.core.effects import FetchChunks, ReleaseReason
 from p2pkv.core.events import EngineAttached, MoveRequested
 from p2pkv.core.ids import Location, parse_event_id
 from p2pkv.core.messages import MANIFEST_PAGE_CHUNKS, TAKE_BATCH_KEYS, FetchReport, ManifestPage, Offer, Take, TakeAnswer
-from p2pkv.core.moves.fetching import BATCH_DESCRIPTORS
+from p2pkv.core.moves.fetching import HANDOFF_BATCH
 from p2pkv.core.records import ChunkCounts, EventState, Lane, Operation, Selection
 from p2pkv.errors import ErrorCode
 from tests.core.builders import IDENTITY, NAMESPACE, at, chunks_of, config_of, keys_of, pack, prompt
@@ -354,7 +354,7 @@ def test_room_that_is_promised_to_one_move_is_not_given_to_another() -> None:
 
 
 def test_room_that_is_promised_to_a_move_is_not_lent_to_an_engine() -> None:
-    chunk_count = BATCH_DESCRIPTORS + 2
+    chunk_count = HANDOFF_BATCH.descriptors + 2
     tokens = prompt(4 * chunk_count)
     cluster = pair(tokens, capacity=chunk_count)
     cluster.hold(FetchChunks, times=1)
@@ -418,7 +418,7 @@ def test_a_large_move_is_handed_over_in_several_attempts() -> None:
 
 
 def test_a_chunk_of_many_shards_is_a_batch_of_its_own() -> None:
-    wide = replace(NAMESPACE, kv_heads=BATCH_DESCRIPTORS, world_size=BATCH_DESCRIPTORS)
+    wide = replace(NAMESPACE, kv_heads=HANDOFF_BATCH.descriptors, world_size=HANDOFF_BATCH.descriptors)
     cluster = Cluster("a", "b", namespace=wide)
     cluster.store("a", prompt(8))
     event = cluster.move("a", "b", prompt(8))
@@ -482,7 +482,7 @@ def test_a_target_cut_into_other_chunks_refuses_the_offer() -> None:
 
 def test_without_a_lane_nothing_moves() -> None:
     cluster = pair(prompt(10))
-    cluster.boot("c", lane=None)
+    cluster.boot("c", handoff=None)
     cluster.run(1.0)
     cluster.store("c", prompt(4, first=50))
     event = cluster.move("c", "b", prompt(4, first=50))

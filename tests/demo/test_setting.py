@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 from p2pkv.config import NodeConfig
-from p2pkv.demo.setting import Ports, free_ports, instance_yaml, write_yamls
+from p2pkv.demo.setting import Ports, free_ports, instance_yaml, tcp_instance_yaml, write_yamls
 
 PAIR = Path(__file__).parents[2] / "topology" / "pair"
 
@@ -33,3 +33,11 @@ def test_other_ports_reach_the_nodes(tmp_path: Path) -> None:
     assert first.controller_http_url.port == second.controller_http_url.port == 7000
     assert second.distributed_url is not None
     assert second.distributed_url.port == 7005
+
+
+def test_the_third_instance_never_passes_memory_on(tmp_path: Path) -> None:
+    path = tmp_path / "instance3.yaml"
+    path.write_text(tcp_instance_yaml(Ports(tcp_worker=7006, shared=7000)))
+    config = NodeConfig.from_yaml(path, environ={})
+    assert not config.same_host_handoff
+    assert (config.lmcache_worker_port, config.controller_http_url.port) == (7006, 7000)

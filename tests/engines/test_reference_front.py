@@ -119,7 +119,6 @@ async def test_an_unknown_model_is_not_found(client: httpx2.AsyncClient) -> None
         ({"max_tokens": 4090}, "maximum context length"),
         ({"temperature": 0.7}, "greedily"),
         ({"n": 2}, "one answer a request"),
-        ({"stream": True}, "doesn't stream yet"),
         ({"top_p": 0.5}, "top_p"),
         ({"cache_salt": "s" * 1025}, "cache_salt"),
     ],

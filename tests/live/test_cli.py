@@ -8,96 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from p2pkv import NodeConfig
-from p2pkv.engines import EngineCache, KVLayout
+from tests.live.command_line import AT, PROMPT, READY, Run, call, call_json, end, free_port, read_ready, write_config
 
 pytestmark = pytest.mark.live
-
-COMMAND = (sys.executable, "-m", "p2pkv")
-LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32", planes=2)
-PROMPT = list(range(100, 140))
-AT = "LocalCPUBackend"
-READY = re.compile(r"p2pkv ready instance=(\S+) http=(http://\S+) ws=(ws://\S+) transfer=(\S+:\d+) shared=(\S+)\n")
-
-
-@pytest.fixture
-def home(tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for configurations, whose nodes meet nobody else's, not on the shared port either."""
-    monkeypatch.setenv("P2PKV_RUNTIME_DIR", str(runtime_dir))
-    monkeypatch.setenv("P2PKV_CONTROLLER_HTTP_URL", f"localhost:{free_port()}")
-    return tmp_path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def write_config(home: Path, name: str, *lines: str) -> Path:
-    path = home / f"{name}.yaml"
-    path.write_text(
-        "\n".join([f"lmcache_instance_id: {name}", f"lmcache_worker_port: {free_port()}", "chunk_size: 16", *lines])
-    )
-    return path
-
-
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=30, check=False)
-
-
-def call_json(*arguments: str, exit_code: int = 0) -> dict[str, object]:
-    ended = call(*arguments, "--json")
-    assert ended.returncode == exit_code, ended.stderr
-    answer: dict[str, object] = json.loads(ended.stdout)
-    return answer
-
-
-Run = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def run(home: Path) -> Iterator[Run]:
-    """Starts `p2pkv` in the background; whatever still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def read_ready(process: subprocess.Popen[str]) -> re.Match[str]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    ready = READY.fullmatch(line)
-    assert ready, line or process.communicate()[1]
-    return ready
-
-
-def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> tuple[int, str, float]:
-    """The exit code, what else was printed, and the seconds it took."""
-    began_at = time.monotonic()
-    process.send_signal(number)
-    rest, _ = process.communicate(timeout=10)
-    return process.returncode, rest, time.monotonic() - began_at
-
-
-def store(config: Path, tokens: list[int]) -> None:
-    with EngineCache.attach(NodeConfig.from_yaml(config), model="tiny", layout=LAYOUT) as cache:
-        cache.store(tokens, torch.rand(LAYOUT.layers, LAYOUT.planes, len(tokens), LAYOUT.kv_heads, LAYOUT.head_dim))
-
 
 # --- node -----------------------------------------------------------------------------------------------------------------
 
@@ -108,7 +26,7 @@ def test_a_node_says_that_it_is_ready_and_leaves_on_a_signal(home: Path, run: Ru
     node = run("node", "--config", str(config))
     ready = read_ready(node)
     assert ready[1] == "a"
-    assert ready[3] == f"ws://{NodeConfig.from_yaml(config).ws_address}"
+    assert ready[3] == f"ws://127.0.0.1:{NodeConfig.from_yaml(config).lmcache_worker_port}"
     assert ready[5] == f"http://{os.environ['P2PKV_CONTROLLER_HTTP_URL']}"
     code, rest, seconds = end(node, number)
     assert (code, rest) == (0, "")
@@ -156,19 +74,6 @@ def test_a_second_node_of_one_name_is_refused_with_1(home: Path, run: Run) -> No
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pair(home: Path, run: Run) -> tuple[Path, Path]:
-    """Configurations of two running nodes that know each other; a holds `PROMPT`."""
-    configs = write_config(home, "a"), write_config(home, "b")
-    for node in [run("node", "--config", str(config)) for config in configs]:
-        read_ready(node)
-    deadline = time.monotonic() + 5
-    while len(call_json("members")["members"]) < 2:  # type: ignore[arg-type]  # it is a list
-        assert time.monotonic() < deadline
-    store(configs[0], PROMPT)
-    return configs
 
 
 def test_a_move_is_made_looked_up_and_told_of(pair: tuple[Path, Path]) -> None:

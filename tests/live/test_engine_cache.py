@@ -49,8 +49,11 @@ def write_config(folder: Path, instance: str) -> Path:
 
 
 def node_pid(instance: str) -> int:
-    card = read_card(place_of(runtime_directory(os.environ), "p2pkv", instance))
-    assert card is not None
+    place = place_of(runtime_directory(os.environ), "p2pkv", instance)
+    deadline = time.monotonic() + 5
+    while (card := read_card(place)) is None:  # it is published once all doors are open
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     return card.pid
 
 

@@ -11,12 +11,10 @@ import trio.testing
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.effects import FetchChunks
-from p2pkv.core.ids import EventId
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.moves.source_move import LaneGrant
-from p2pkv.core.records import LaneAddress
-from p2pkv.errors import ErrorCode, Failure
-from p2pkv.net import handoff
+from p2pkv.core.records import HandoffAddress
+from p2pkv.errors import ErrorCode, Failure, RouteRefusedError
+from p2pkv.net import lanes
 from p2pkv.net.descriptors import open_unix_listener, receive_frame, send_frame
 from p2pkv.net.handoff import HandoffFetcher, serve_handoffs
 from p2pkv.store import memory
@@ -24,31 +22,15 @@ from p2pkv.store.cpu import CpuStore
 from p2pkv.wire.lane import (
     Descriptors,
     Fetch,
-    LaneChallenge,
-    LaneEnd,
     LaneMessage,
-    LaneOpen,
-    LaneOpened,
     PassedShard,
     lane_codec,
-    lane_mac,
 )
+from tests.live.lane_ends import EVENT, NBYTES, TICKET, Source, chunk_of, open_descriptors, order_of, prove_as_source
 
 pytestmark = pytest.mark.live
 
-EVENT, TICKET, HOST = "move~a~b~a~0123456789abcdef", b"t" * 32, "this-boot"
-NBYTES = 5000
-
-
-def chunk_of(number: int, worker_count: int = 1) -> Chunk:
-    key = number.to_bytes(16, "big")
-    return Chunk(
-        key=key, parent=b"p" * 16, namespace=b"n" * 16, start=0, tokens=b"\1\0\0\0", shard_nbytes=(NBYTES,) * worker_count
-    )
-
-
-def open_descriptors() -> set[Path]:
-    return set(Path("/proc/self/fd").iterdir())
+HOST = "this-boot"
 
 
 @pytest.fixture
@@ -58,32 +40,20 @@ def store() -> Iterator[CpuStore]:
     store.close()
 
 
-class Source:
-    """A source's store, its open moves, and where it hands over."""
+class HandoffSource(Source):
+    """Where it hands over, too."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
-        self.store = CpuStore()
-        self.grants: dict[EventId, LaneGrant] = {}
-
-    def hold(self, *chunks: Chunk) -> None:
-        for chunk in chunks:
-            for worker, nbytes in enumerate(chunk.shard_nbytes):
-                descriptor = self.store.lend("engine", chunk.key, worker, nbytes)
-                os.pwrite(descriptor, chunk.key[-1:] * memory.page_rounded(nbytes), 0)
-                self.store.seal("engine", chunk.key, worker)
-            self.store.admit("engine", chunk.key)
-
-    def grant(self, *chunks: Chunk) -> None:
-        self.grants[EVENT] = LaneGrant(TICKET, frozenset(chunk.key for chunk in chunks))
 
     def order(self, chunks: Sequence[Chunk], ticket: bytes = TICKET, host_id: str = HOST) -> FetchChunks:
-        return FetchChunks(EVENT, "a", LaneAddress(host_id, str(self.path)), ticket, tuple(chunks))
+        return order_of(HandoffAddress(host_id, str(self.path)), chunks, ticket)
 
 
 @pytest.fixture
-async def source(runtime_dir: Path) -> AsyncIterator[Source]:
-    source = Source(runtime_dir / "lane.sock")
+async def source(runtime_dir: Path) -> AsyncIterator[HandoffSource]:
+    source = HandoffSource(runtime_dir / "lane.sock")
     listener = trio.SocketListener(open_unix_listener(source.path))
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_handoffs, listener, source.grants.get, source.store)
@@ -101,7 +71,7 @@ async def fetch(store: CpuStore, order: FetchChunks) -> tuple[list[ChunkKey], Fa
 
 @pytest.mark.parametrize(("chunk_count", "worker_count"), [(1, 1), (32, 1), (100, 2), (240, 1), (3, 80), (1, 251), (2, 300)])
 async def test_all_shards_change_hands_and_no_descriptor_is_lost(
-    source: Source, store: CpuStore, chunk_count: int, worker_count: int
+    source: HandoffSource, store: CpuStore, chunk_count: int, worker_count: int
 ) -> None:
     chunks = [chunk_of(number, worker_count) for number in range(chunk_count)]
     source.hold(*chunks)
@@ -121,7 +91,7 @@ async def test_all_shards_change_hands_and_no_descriptor_is_lost(
             await trio.sleep(0.001)
 
 
-async def test_what_the_source_no_longer_holds_is_said_and_the_rest_comes(source: Source, store: CpuStore) -> None:
+async def test_what_the_source_no_longer_holds_is_said_and_the_rest_comes(source: HandoffSource, store: CpuStore) -> None:
     kept, gone = chunk_of(1), chunk_of(2)
     source.hold(kept)
     source.grant(kept, gone)
@@ -132,7 +102,7 @@ async def test_what_the_source_no_longer_holds_is_said_and_the_rest_comes(source
     assert "1 of 2 chunks are held there no longer" in failure.detail
 
 
-async def test_chunks_outside_the_move_are_not_passed(source: Source, store: CpuStore) -> None:
+async def test_chunks_outside_the_move_are_not_passed(source: HandoffSource, store: CpuStore) -> None:
     granted, secret = chunk_of(1), chunk_of(2)
     source.hold(granted, secret)
     source.grant(granted)
@@ -143,35 +113,35 @@ async def test_chunks_outside_the_move_are_not_passed(source: Source, store: Cpu
 
 
 @pytest.mark.parametrize("knows_move", [True, False])
-async def test_without_the_ticket_the_lane_closes_without_a_word(source: Source, store: CpuStore, knows_move: bool) -> None:
+async def test_without_the_ticket_the_lane_closes_without_a_word(
+    source: HandoffSource, store: CpuStore, knows_move: bool
+) -> None:
     source.hold(chunk_of(1))
     if knows_move:
         source.grant(chunk_of(1))
-    fetched, failure = await fetch(store, source.order([chunk_of(1)], ticket=b"x" * 32))
-    assert fetched == []
-    assert failure is not None
-    assert "closed the lane" in failure.detail
+    with pytest.raises(RouteRefusedError, match=r"closed the lane|Connection reset"):
+        await fetch(store, source.order([chunk_of(1)], ticket=b"x" * 32))
 
 
-async def test_another_host_a_wrong_path_and_no_listener_are_failures(source: Source, store: CpuStore, tmp_path: Path) -> None:
+async def test_another_host_a_wrong_path_and_no_listener_are_refused_routes(
+    source: HandoffSource, store: CpuStore, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     orders = [
         source.order([chunk_of(1)], host_id="another-boot"),
-        FetchChunks(EVENT, "a", LaneAddress(HOST, str(tmp_path / "nothing")), TICKET, (chunk_of(1),)),
-        FetchChunks(EVENT, "a", LaneAddress(HOST, str(tmp_path / "file")), TICKET, (chunk_of(1),)),
-        FetchChunks(EVENT, "a", LaneAddress(HOST, "nul\0byte"), TICKET, (chunk_of(1),)),
+        order_of(HandoffAddress(HOST, str(tmp_path / "nothing")), [chunk_of(1)]),
+        order_of(HandoffAddress(HOST, str(tmp_path / "file")), [chunk_of(1)]),
+        order_of(HandoffAddress(HOST, "nul\0byte"), [chunk_of(1)]),
     ]
     for order in orders:
-        fetched, failure = await fetch(store, order)
-        assert fetched == []
-        assert failure is not None
-        assert failure.code is ErrorCode.TRANSFER_FAILED
+        with pytest.raises(RouteRefusedError, match="The handoff lane of 'a' can't be used"):
+            await fetch(store, order)
 
 
 async def test_a_target_that_says_nothing_or_nonsense_is_closed_and_others_are_served(
-    source: Source, store: CpuStore, monkeypatch: pytest.MonkeyPatch
+    source: HandoffSource, store: CpuStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handoff, "STALL_S", 0.05)
+    monkeypatch.setattr(lanes, "STALL_S", 0.05)
     source.hold(chunk_of(1))
     source.grant(chunk_of(1))
     for payload in (None, b"nonsense", lane_codec().encode(Fetch((b"k" * 16,)))):
@@ -193,14 +163,7 @@ async def cheat(path: Path, answers: Sequence[tuple[LaneMessage, list[int]]], ti
     """A source that proves itself with `ticket` and answers every `Fetch` with `answers`, then falls silent."""
 
     async def serve(stream: trio.SocketStream) -> None:
-        nonce = bytes(16)
-        await send_frame(stream.socket, lane_codec().encode(LaneChallenge(nonce)))
-        frame = await receive_frame(stream.socket)
-        assert frame is not None
-        opening = lane_codec().decode(frame.payload)
-        assert isinstance(opening, LaneOpen)
-        mac = lane_mac(ticket, LaneEnd.SOURCE, source_nonce=nonce, target_nonce=opening.nonce, event_id=EVENT)
-        await send_frame(stream.socket, lane_codec().encode(LaneOpened(mac)))
+        await prove_as_source(stream.socket, ticket)
         await receive_frame(stream.socket)
         for message, descriptors in answers:
             await send_frame(stream.socket, lane_codec().encode(message), descriptors)
@@ -227,7 +190,7 @@ def sealed() -> Iterator[int]:
 
 async def expect_failure(store: CpuStore, path: Path, chunks: Sequence[Chunk], words: str) -> list[ChunkKey]:
     before = len(open_descriptors())
-    order = FetchChunks(EVENT, "a", LaneAddress(HOST, str(path)), TICKET, tuple(chunks))
+    order = order_of(HandoffAddress(HOST, str(path)), chunks)
     fetched, failure = await fetch(store, order)
     assert failure is not None
     assert words in failure.detail
@@ -243,7 +206,8 @@ def passed(number: int, worker: int = 0) -> PassedShard:
 
 async def test_a_source_without_the_ticket_is_not_believed(store: CpuStore, runtime_dir: Path) -> None:
     async with cheat(runtime_dir / "s", [], ticket=b"x" * 32):
-        assert await expect_failure(store, runtime_dir / "s", [chunk_of(1)], "doesn't hold the move's ticket") == []
+        with pytest.raises(RouteRefusedError, match="doesn't hold the move's ticket"):
+            await fetch(store, order_of(HandoffAddress(HOST, str(runtime_dir / "s")), [chunk_of(1)]))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +243,7 @@ async def test_a_chunk_that_came_in_part_is_dropped(store: CpuStore, runtime_dir
 async def test_a_source_that_stalls_ends_the_lane_and_what_came_stays(
     store: CpuStore, runtime_dir: Path, sealed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handoff, "STALL_S", 0.05)
+    monkeypatch.setattr(lanes, "STALL_S", 0.05)
     async with cheat(runtime_dir / "s", [(Descriptors((passed(1),), is_last=False), [sealed])]):
         fetched = await expect_failure(store, runtime_dir / "s", [chunk_of(1), chunk_of(2)], "nothing came for")
     assert fetched == [chunk_of(1).key]
@@ -291,7 +255,7 @@ async def test_a_cancelled_fetch_keeps_whole_chunks_and_drops_the_others(
     answer = Descriptors((passed(1), passed(2)), is_last=False)
     fetched: list[ChunkKey] = []
     chunks = (chunk_of(1), chunk_of(2, worker_count=2))
-    order = FetchChunks(EVENT, "a", LaneAddress(HOST, str(runtime_dir / "s")), TICKET, chunks)
+    order = order_of(HandoffAddress(HOST, str(runtime_dir / "s")), chunks)
     async with cheat(runtime_dir / "s", [(answer, [sealed, sealed])]):
         with trio.move_on_after(2) as scope:
             async with trio.open_nursery() as nursery:

@@ -2,7 +2,6 @@
 
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -12,7 +11,8 @@ import trio
 
 from p2pkv import NodeConfig, open_node
 from p2pkv.engines import EngineCache, KVLayout
-from p2pkv.net.http.server import serve_http
+from p2pkv.net.access import DoorGuard
+from p2pkv.net.http.server import guarded_app, serve_http
 from p2pkv.node import Node
 
 pytestmark = pytest.mark.live
@@ -192,14 +192,6 @@ async def test_a_dead_instance_is_told_apart_from_an_unknown_one(alone: Node, co
         assert (answer.status_code, answer.json()["error"]) == (503, "instance_unreachable")
 
 
-async def test_the_first_node_of_a_host_answers_on_the_shared_port_too(pair: tuple[Node, Node]) -> None:
-    first, second = pair
-    assert first.addresses.shared is not None
-    assert second.addresses.shared is None
-    async with client_of(first.addresses.shared) as http:
-        assert (await http.get("/livez")).json() == {}
-
-
 # --- the server -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +264,7 @@ async def test_the_server_ends_at_once_whatever_its_clients_do(alone: Node) -> N
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve_http, alone.driver, [listener]))
+        await nursery.start(serve_http, guarded_app(alone.driver, DoorGuard(frozenset({port}))), listener)
         streams = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(3)]
         host = f"Host: localhost:{port}\r\n".encode()
         await streams[0].send_all(b"GET /livez HTTP/1.1\r\n" + host)

@@ -1,26 +1,29 @@
 """Links between peers over real sockets: what is sent arrives, and whoever misbehaves harms only himself."""
 
-import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest
 
 from p2pkv.core.events import DialFailed, Event, LinkLost, LinkOpened, MessageReceived
 from p2pkv.core.ids import Address, LinkId, Location, Position
 from p2pkv.core.keys import Identity
-from p2pkv.core.messages import Goodbye, Message, Ping, PlanRequest, Pong
-from p2pkv.core.records import Operation, Selection
-from p2pkv.errors import ErrorCode
+from p2pkv.core.messages import Goodbye, Hello, Message, Ping, PlanRequest, Pong
+from p2pkv.core.records import MemberRecord, MemberState, Operation, Selection
+from p2pkv.errors import ErrorCode, RemoteProtocolError
 from p2pkv.net import links, websockets
+from p2pkv.net.access import DoorGuard
+from p2pkv.net.dial_rules import LOOPBACK, DialRules
 from p2pkv.net.links import PEER_PATH, PeerLinks
 from p2pkv.net.ports import listen_on
+from p2pkv.net.proof import Prover
 from p2pkv.net.websockets import dial_websocket, serve_websockets
 from p2pkv.wire.codec import peer_codec
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
+from p2pkv.wire.proof import Who
 
 pytestmark = pytest.mark.live
 
@@ -32,11 +35,15 @@ HANDSHAKE = (
 )
 
 
+def prover_of(instance: str, key: bytes = bytes(32)) -> Prover:
+    return Prover(key, "test", Who(instance, 1, (1,)), door=PEER_PATH)
+
+
 class Peer:
     """One end: its links, and what they have reported."""
 
-    def __init__(self) -> None:
-        self.links = PeerLinks()
+    def __init__(self, prover: Prover | None = None) -> None:
+        self.links = PeerLinks(prover or prover_of("peer"), DialRules(LOOPBACK))
         self.events: list[Event] = []
         self.address = Address("127.0.0.1", 1)
         self._news = trio.Event()
@@ -76,7 +83,7 @@ async def listening() -> AsyncIterator[Peer]:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
         async with trio.open_nursery() as nursery:
             routes = {PEER_PATH: partial(peer.links.accept, report=peer.report)}
-            await nursery.start(serve_websockets, listener, routes, {peer.address.port})
+            await nursery.start(serve_websockets, listener, routes, DoorGuard(frozenset({peer.address.port})))
             yield peer
             nursery.cancel_scope.cancel()
 
@@ -96,8 +103,12 @@ async def client(server: Peer, nursery: trio.Nursery) -> Peer:
     return peer
 
 
-def stranger(server: Peer) -> AbstractAsyncContextManager[WebSocketConnection]:
-    return dial_websocket(server.address, PEER_PATH)
+@asynccontextmanager
+async def stranger(server: Peer) -> AsyncIterator[WebSocketConnection]:
+    """Somebody who belongs to the cluster, and then does as he likes."""
+    async with dial_websocket([server.address], PEER_PATH) as websocket:
+        await prover_of("stranger").prove_to_acceptor(websocket)
+        yield websocket
 
 
 async def test_messages_arrive_both_ways_and_in_order(server: Peer, client: Peer) -> None:
@@ -165,7 +176,7 @@ async def test_an_address_elsewhere_is_not_even_dialed() -> None:
     peer = Peer()
     address = Address("192.0.2.1", 8002)  # RFC 5737: nobody's
     await peer.links.dial(address, peer.report)
-    assert peer.events == [DialFailed(address, "it isn't on this host")]
+    assert peer.events == [DialFailed(address, "192.0.2.1 is neither a contact nor in allowed_peer_networks")]
 
 
 async def test_somebody_who_never_answers_is_a_failed_dial_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +193,7 @@ async def test_a_door_that_refuses_is_a_failed_dial() -> None:
         address = Address("127.0.0.1", bound.getsockname()[1])
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_websockets, listener, {}, {address.port})
+            await nursery.start(serve_websockets, listener, {}, DoorGuard(frozenset({address.port})))
             await peer.links.dial(address, peer.report)
             nursery.cancel_scope.cancel()
     assert peer.events == [DialFailed(address, "it refused with HTTP status 404")]
@@ -239,11 +250,61 @@ async def test_what_is_no_websocket_ends_its_own_connection_only(server: Peer, c
 
 
 async def test_broken_websocket_frames_end_their_link_only(server: Peer) -> None:
-    async with await trio.open_tcp_stream("127.0.0.1", server.address.port) as stream:
-        await stream.send_all(HANDSHAKE % str(server.address).encode())
+    async with stranger(server) as websocket:
         await server.wait_link()
-        await stream.send_all(b"\xff" * 64)
+        await websocket._stream.send_all(b"\xff" * 64)
         await server.wait_lost()
+
+
+async def test_who_has_another_key_is_refused_with_that_word_and_nothing_is_reported(server: Peer) -> None:
+    async with dial_websocket([server.address], PEER_PATH) as websocket:
+        with pytest.raises(ConnectionClosed, match="reason=refused"):
+            await prover_of("thief", b"another key").prove_to_acceptor(websocket)
+    assert server.events == []
+
+
+async def test_a_node_with_another_key_has_only_failed_to_dial(server: Peer) -> None:
+    thief = Peer(prover_of("thief", b"another key"))
+    await thief.links.dial(server.address, thief.report)
+    assert [type(event) for event in thief.events] == [DialFailed]
+    assert server.events == []
+
+
+async def test_a_door_that_proves_nothing_is_told_nothing(client: Peer) -> None:
+    heard: list[object] = []
+
+    async def impostor(request: WebSocketRequest) -> None:
+        websocket = await request.accept()
+        with pytest.raises(RemoteProtocolError):
+            await prover_of("impostor", b"another key").prove_to_dialer(websocket)
+        await websocket.send_message(bytes(64))
+        with pytest.raises(ConnectionClosed):
+            heard.append(await websocket.get_message())
+
+    with listen_on("127.0.0.1", 0, key="test") as bound:
+        address = Address("127.0.0.1", bound.getsockname()[1])
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
+        async with trio.open_nursery() as nursery:
+            routes = {PEER_PATH: impostor}
+            await nursery.start(serve_websockets, listener, routes, DoorGuard(frozenset({address.port})))
+            victim = Peer()
+            await victim.links.dial(address, victim.report)
+            nursery.cancel_scope.cancel()
+    assert victim.events == [DialFailed(address, "it isn't of this cluster")]
+    assert heard == []
+
+
+@pytest.mark.parametrize(
+    ("instance", "generation", "versions"), [("b", 1, (1,)), ("stranger", 2, (1,)), ("stranger", 1, (1, 2))]
+)
+async def test_a_hello_from_another_than_was_proven_ends_the_link(
+    server: Peer, instance: str, generation: int, versions: tuple[int, ...]
+) -> None:
+    me = MemberRecord(instance, generation, 0, MemberState.ALIVE, Address("h", 1), "http://h:2", None, None, "", (), ())
+    async with stranger(server) as websocket:
+        await websocket.send_message(peer_codec().encode(Hello(versions, "test", me, ())))
+        assert "another's than it has proven to be" in (await server.wait_lost()).reason
+    assert server.messages() == []
 
 
 async def test_a_peer_that_vanishes_is_a_lost_link(server: Peer) -> None:
@@ -254,8 +315,7 @@ async def test_a_peer_that_vanishes_is_a_lost_link(server: Peer) -> None:
 
 
 async def test_a_peer_that_does_not_read_loses_its_link_and_sending_never_waits(server: Peer) -> None:
-    with socket.create_connection(("127.0.0.1", server.address.port)) as deaf:
-        deaf.sendall(HANDSHAKE % str(server.address).encode())
+    async with stranger(server):
         link = await server.wait_link()
         for _ in range(links.QUEUE_NBYTES // 2**22 + 2):
             server.links.send(link, LONG)
@@ -272,10 +332,9 @@ async def test_too_many_messages_close_the_link_too(server: Peer, client: Peer) 
 
 async def test_a_peer_that_takes_too_long_for_one_message_loses_its_link(server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "STALL_S", 0.05)
-    async with await trio.open_tcp_stream("127.0.0.1", server.address.port) as deaf:
-        await deaf.send_all(HANDSHAKE % str(server.address).encode())
+    async with stranger(server):
         link = await server.wait_link()
-        for _ in range(3):
+        for _ in range(links.QUEUE_NBYTES // 2**22 - 1):  # more than fits into the sockets' buffers
             server.links.send(link, LONG)
         assert "didn't take a message" in (await server.wait_lost()).reason
 

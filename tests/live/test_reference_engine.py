@@ -5,11 +5,14 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from p2pkv.config import NodeConfig
 from p2pkv.core.keys import Identity
@@ -18,9 +21,21 @@ from p2pkv.demo.setting import INSTANCES, Ports, write_yamls
 from p2pkv.engines import EngineCache
 from p2pkv.engines.huggingface import layout_of
 from p2pkv.engines.reference.engine import ReferenceEngine
-from p2pkv.engines.reference.model import ReferenceModel, make_tiny_llama
+from p2pkv.engines.reference.model import ReferenceModel, load_model, make_tiny_llama
 
 ANSWER_TOKENS = 32
+SMALL: dict[str, Any] = {
+    "vocab_size": 960,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # with the usual 0.02 an answer is one token again and again
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,14 @@ def attach(config: Path | NodeConfig, model: ReferenceModel) -> EngineCache:
 def prompt_of(token_count: int, *, seed: int) -> list[int]:
     rng = random.Random(f"{seed}:{token_count}")
     return [0, *(rng.randrange(2, 960) for _ in range(token_count - 1))]
+
+
+def saved_model(config: PreTrainedConfig, folder: Path) -> Path:
+    """A model with random weights, as Hugging Face saves it, in `folder`."""
+    torch.manual_seed(11)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    make_tiny_llama().tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +136,45 @@ def test_a_prompt_that_begins_like_a_moved_one_uses_what_they_share(
         assert second.lookup(prompt) == len(prompt)
     assert done.cached_count == shared_count
     assert done.answer_tokens == ReferenceEngine(model, None).complete(prompt, max_tokens=ANSWER_TOKENS).answer_tokens
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, dtype=torch.bfloat16),
+        LlamaConfig(**{**SMALL, "eos_token_id": [1, 2]}, tie_word_embeddings=True),
+        Qwen2Config(**SMALL),
+        MistralConfig(**SMALL, sliding_window=None),
+    ],
+    ids=["llama-bfloat16", "llama-tied", "qwen2", "mistral"],
+)
+def test_a_model_from_a_folder_answers_the_same_from_a_moved_cache(
+    pair: Pair, config: PreTrainedConfig, tmp_path: Path
+) -> None:
+    model = load_model(saved_model(config, tmp_path / "model"))
+    plain = ReferenceEngine(model, None)
+    with attach(pair.configs[0], model) as first_cache, attach(pair.configs[1], model) as second_cache:
+        first, second = ReferenceEngine(model, first_cache), ReferenceEngine(model, second_cache)
+        for token_count in (2, 12, 256, 300):
+            prompt = prompt_of(token_count, seed=8)
+            expected = plain.complete(prompt, max_tokens=ANSWER_TOKENS)
+            assert first.complete(prompt, max_tokens=ANSWER_TOKENS) == expected
+            assert pair.move(prompt) == token_count
+            moved = second.complete(prompt, max_tokens=ANSWER_TOKENS)
+            assert moved == replace(expected, cached_count=token_count - 1)
+        assert first.cache_problem is second.cache_problem is None
+
+
+def test_a_model_whose_cache_cannot_be_kept_is_served_without_and_says_why(place: Pair, tmp_path: Path) -> None:
+    folder = saved_model(MistralConfig(**SMALL, sliding_window=8), tmp_path / "windowed")
+    port = place.ports.engines[0]
+    with Programs(place.runtime, place.runtime) as programs:
+        command = ["engine", "--config", str(place.configs[0]), "--port", str(port), "--model", str(folder)]
+        assert programs.ready_line(programs.start("engine", command)).endswith(" model=windowed")
+        with httpx2.Client(base_url=f"http://localhost:{port}", timeout=30, trust_env=False) as http:
+            assert http.get("/health").json()["cache_problem"].startswith("sliding_window: ")
+            answer = http.post("/v1/completions", json={"model": "windowed", "prompt": prompt_of(40, seed=9)}).json()
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_a_spoiled_chunk_changes_the_answer(pair: Pair, model: ReferenceModel) -> None:

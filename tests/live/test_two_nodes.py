@@ -127,12 +127,14 @@ class Pair:
     def __init__(self, a: Node, b: Node, engine_a: Engine, engine_b: Engine) -> None:
         self.a, self.b, self.engine_a, self.engine_b = a, b, engine_a, engine_b
 
-    async def move(self, tokens: bytes, selection: Selection = Selection.TOKENS, via: Node | None = None) -> EventRecord:
+    async def move(
+        self, tokens: bytes, selection: Selection = Selection.TOKENS, via: Node | None = None, *, old: str = "a", new: str = "b"
+    ) -> EventRecord:
         node = via or self.a
         make = partial(
             MoveRequested,
-            old_position=Position("a", Location.LOCAL_CPU),
-            new_position=Position("b", Location.LOCAL_CPU),
+            old_position=Position(old, Location.LOCAL_CPU),
+            new_position=Position(new, Location.LOCAL_CPU),
             operation=Operation.MOVE,
             selection=selection,
             tokens=tokens,
@@ -198,6 +200,28 @@ async def test_hundreds_of_chunks_move_in_one_event(pair: Pair) -> None:
         assert await pair.engine_a.store(tokens, b"A") == 1000
     event = await pair.move(b"", Selection.ALL)
     assert (event.state, event.chunks.moved) == (EventState.DONE, 1000)
+
+
+@pytest.mark.parametrize("without", ["a", "b"])
+async def test_where_one_end_passes_no_descriptors_the_bytes_go_over_tcp(runtime_dir: Path, without: str) -> None:
+    async with pair_of(runtime_dir, *(config_of(name, same_host_handoff=name != without) for name in "ab")) as pair:
+        tokens = tokens_of(*range(10))
+        await pair.engine_a.store(tokens, b"A")
+        event = await pair.move(tokens)
+        assert (event.state, event.chunks.moved, event.lane) == (EventState.DONE, 3, Lane.TCP)
+        assert await pair.engine_a.lookup(tokens) == 0
+        assert await pair.engine_b.retrieve(tokens) == [b"A"] * 3
+
+
+async def test_a_handoff_that_is_refused_becomes_a_transfer_and_what_came_is_handed_on(pair: Pair, runtime_dir: Path) -> None:
+    tokens = tokens_of(*range(10))
+    await pair.engine_a.store(tokens, b"A")
+    place_of(runtime_dir, "p2pkv", "a").lane_socket.unlink()
+    event = await pair.move(tokens)
+    assert (event.state, event.chunks.moved, event.lane) == (EventState.DONE, 3, Lane.TCP)
+    back = await pair.move(tokens, old="b", new="a")
+    assert (back.state, back.chunks.moved, back.lane) == (EventState.DONE, 3, Lane.HANDOFF)
+    assert await pair.engine_a.retrieve(tokens) == [b"A"] * 3
 
 
 async def test_a_full_target_refuses_before_a_byte_moves(runtime_dir: Path) -> None:
@@ -273,14 +297,6 @@ async def test_a_port_in_use_is_an_error_that_names_port_and_key(environ: dict[s
                 raise AssertionError("it must not start")
 
 
-async def test_the_shared_port_is_served_by_the_first_and_missed_by_nobody(runtime_dir: Path, environ: dict[str, str]) -> None:
-    shared = f"localhost:{free_port()}"
-    first, second = (config_of(name, controller_http_url=shared) for name in ("a", "b"))
-    async with open_node(first, environ) as a, open_node(second, environ) as b:
-        assert (a.addresses.shared, b.addresses.shared) == (f"http://{shared}", None)
-        assert [card.shared for card in living_cards(runtime_dir, "p2pkv")] == [f"http://{shared}", None]
-
-
 async def test_a_node_that_keeps_to_itself_is_not_found(runtime_dir: Path, environ: dict[str, str]) -> None:
     async with open_node(config_of("a", enable_controller=False), environ) as a:
         assert a.addresses.shared is None
@@ -290,7 +306,7 @@ async def test_a_node_that_keeps_to_itself_is_not_found(runtime_dir: Path, envir
 async def test_a_card_that_makes_no_sense_stops_nobody(runtime_dir: Path, environ: dict[str, str]) -> None:
     strange = place_of(runtime_dir, "p2pkv", "strange")
     with claim(strange):
-        publish(strange, NodeCard("strange", 1, os.getpid(), ws="nowhere", http="", transfer="", shared=None))
+        publish(strange, NodeCard("strange", 1, os.getpid(), ws="nowhere", http="", transfer="", shared=None, rendezvous=None))
         async with open_node(config_of("a"), environ):
             pass
 

@@ -10,19 +10,19 @@ from trio.testing import MockClock
 
 from p2pkv.core import effects
 from p2pkv.core.effects import Effect
-from p2pkv.core.events import DialFailed, Event, EventAsked, FetchEnded, LeaveRequested, LinkLost, SiblingsFound
+from p2pkv.core.events import DialFailed, Event, EventAsked, FetchEnded, LeaveRequested, LinkLost, RouteRefused, SiblingsFound
 from p2pkv.core.ids import Address, EventId, LinkId, Location, Position, StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message, Ping
-from p2pkv.core.records import ChunkCounts, EventRecord, EventState, LaneAddress, Operation
-from p2pkv.errors import ErrorCode, Failure, UnavailableError, UnknownNameError
+from p2pkv.core.records import ChunkCounts, EventRecord, EventState, HandoffAddress, Operation
+from p2pkv.errors import ErrorCode, Failure, RouteRefusedError, UnavailableError, UnknownNameError
 from p2pkv.net.driver import Driver, EventSink
 
 ADDRESS = Address("127.0.0.1", 8002)
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
 FAILURE = Failure(ErrorCode.TRANSFER_FAILED, "it failed")
-FETCH = effects.FetchChunks("event", "a", LaneAddress("boot", "/lane.sock"), b"t" * 32, ())
+FETCH = effects.FetchChunks("event", "a", HandoffAddress("boot", "/lane.sock"), b"t" * 32, ())
 Reaction = Callable[[Event], list[Effect]]
 
 
@@ -80,6 +80,7 @@ class Shell:
         self.during_send: Callable[[], None] = lambda: None
         self.fetched_first: list[ChunkKey] = []
         self.fetch_takes_s = 0.0
+        self.refusal = ""
 
     def admit(self, stage: StageId, key: ChunkKey) -> None:
         self.orders.append(("admit", stage, key))
@@ -105,6 +106,8 @@ class Shell:
     async def fetch(self, order: effects.FetchChunks, fetched: list[ChunkKey]) -> Failure | None:
         fetched.extend(self.fetched_first)
         await trio.sleep(self.fetch_takes_s)
+        if self.refusal:
+            raise RouteRefusedError(self.refusal)
         fetched.append(OTHER_KEY)
         return None
 
@@ -203,6 +206,16 @@ async def test_a_fetch_ends_in_one_event(
     assert machine.heard[1:] == [FetchEnded("event", (OTHER_KEY,), None)]
 
 
+async def test_a_route_that_is_refused_is_told_as_that(
+    driver: Driver, machine: ObedientMachine, shell: Shell, autojump_clock: MockClock
+) -> None:
+    on_siblings(machine, FETCH)
+    shell.refusal = "no way"
+    driver.handle(SiblingsFound(()))
+    await trio.sleep(1)
+    assert machine.heard[1:] == [RouteRefused("event", Failure(ErrorCode.TRANSFER_FAILED, "no way"))]
+
+
 @pytest.mark.parametrize("wait_s", [0, 1])
 async def test_a_cancelled_fetch_tells_what_it_brought(
     driver: Driver, machine: ObedientMachine, shell: Shell, wait_s: float, autojump_clock: MockClock
@@ -287,6 +300,21 @@ async def test_an_end_that_is_known_is_not_waited_for(
     machine.known = record(EventState.DONE)
     with trio.fail_after(1):
         assert await driver.wait_end("event") == machine.known
+
+
+async def test_watchers_are_told_of_every_change_while_they_watch(
+    driver: Driver, machine: ObedientMachine, autojump_clock: MockClock
+) -> None:
+    changes = [record(EventState.PENDING), record(EventState.RUNNING), record(EventState.DONE)]
+    on_siblings(machine, *map(effects.EventChanged, changes))
+    first: list[EventRecord] = []
+    second: list[EventRecord] = []
+    with driver.watch_events(first.append):
+        with driver.watch_events(second.append):
+            driver.handle(SiblingsFound(()))
+        driver.handle(SiblingsFound(()))
+    driver.handle(SiblingsFound(()))
+    assert (first, second) == (changes * 2, changes)
 
 
 async def test_after_the_stop_nothing_reaches_the_machine(

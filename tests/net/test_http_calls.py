@@ -15,13 +15,17 @@ from p2pkv.core.events import LeaveRequested
 from p2pkv.core.ids import Address
 from p2pkv.core.keys import MAX_TOKENS
 from p2pkv.core.machine import Machine
+from p2pkv.net.access import DoorGuard
+from p2pkv.net.dial_rules import DialRules
 from p2pkv.net.driver import Driver
 from p2pkv.net.handoff import HandoffFetcher
 from p2pkv.net.http.app import build_app
-from p2pkv.net.http.bodies import MAX_BODY_NBYTES
-from p2pkv.net.http.server import BrowserGuard
-from p2pkv.net.links import PeerLinks
+from p2pkv.net.http.server import Guarded
+from p2pkv.net.links import PEER_PATH, PeerLinks
+from p2pkv.net.proof import Prover
+from p2pkv.net.validation import MAX_BODY_NBYTES
 from p2pkv.store.cpu import CpuStore
+from p2pkv.wire.proof import Who
 
 HERE = ["a", "LocalCPUBackend"]
 PORT = 9000
@@ -35,8 +39,8 @@ async def driver() -> AsyncIterator[Driver]:
         cluster="p2pkv",
         ws=Address("127.0.0.1", 8002),
         http=f"http://127.0.0.1:{PORT}",
-        transfer="127.0.0.1:8004",
-        lane=None,
+        transfer=Address("127.0.0.1", 8004),
+        handoff=None,
         zone="here",
         chunk_size=256,
         cpu_limit_nbytes=2**20,
@@ -48,7 +52,8 @@ async def driver() -> AsyncIterator[Driver]:
     )
     store = CpuStore()
     machine = Machine(config, Random("http"), trio.current_time())
-    driver = Driver(machine, memory=store, links=PeerLinks(), fetcher=HandoffFetcher(store, "host"))
+    prover = Prover(bytes(32), "p2pkv", Who("a", 7, (1,)), door=PEER_PATH)
+    driver = Driver(machine, memory=store, links=PeerLinks(prover, DialRules(())), fetcher=HandoffFetcher(store, "host"))
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run)
         yield driver
@@ -58,7 +63,7 @@ async def driver() -> AsyncIterator[Driver]:
 
 @pytest.fixture
 async def http(driver: Driver) -> AsyncIterator[httpx2.AsyncClient]:
-    transport = httpx2.ASGITransport(BrowserGuard(build_app(driver), {PORT}), raise_app_exceptions=False)
+    transport = httpx2.ASGITransport(Guarded(build_app(driver), DoorGuard(frozenset({PORT}))), raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url=f"http://localhost:{PORT}") as client:
         yield client
 
@@ -180,11 +185,17 @@ async def test_every_call_is_documented_with_its_body_and_its_errors(http: httpx
     assert set(calls) == {
         "POST /move",
         "POST /lookup",
+        "POST /full_lookup",
+        "POST /health",
+        "POST /clear",
+        "POST /query_instance",
+        "POST /query_worker_info",
         "POST /check_finish",
         "GET /events",
         "GET /events/{event_id}",
         "DELETE /events/{event_id}",
         "GET /members",
+        "GET /inventory",
         "GET /livez",
         "GET /readyz",
     }
@@ -267,6 +278,12 @@ async def test_a_body_that_is_not_called_json_is_refused(http: httpx2.AsyncClien
 async def test_a_json_body_may_name_its_charset(http: httpx2.AsyncClient) -> None:
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert (await http.post("/lookup", content=b'{"tokens": []}', headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("query", ["more=1", "instance=a&more=1", "instance=a&instance=a", ""])
+async def test_fields_in_a_query_are_checked_like_those_in_a_body(http: httpx2.AsyncClient, query: str) -> None:
+    answer = await http.get(f"/inventory?{query}")
+    assert (answer.status_code, answer.json()["error"]) == (422, "invalid_request")
 
 
 async def test_one_token_too_many_is_refused(http: httpx2.AsyncClient) -> None:

@@ -4,7 +4,7 @@ from sims.batch import run_one
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
 
-SEEDS = 60
+SEEDS = 150
 CAUGHT = (AssertionError, KeyError)
 """A broken promise and a broken invariant are AssertionErrors; a machine that has lost track of a move stumbles over it."""
 

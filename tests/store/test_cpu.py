@@ -56,6 +56,17 @@ def test_a_chunk_is_lent_sealed_admitted_read_and_released(store: CpuStore) -> N
     assert store.statistics() == NOTHING
 
 
+def test_a_chunks_shards_are_known_by_payload_and_checksum(store: CpuStore) -> None:
+    lend_written(store, KEY, worker=1)
+    store.seal("engine", KEY, 1, checksum=b"c" * 16)
+    store.adopt("engine", KEY, 0, foreign(4097), 4097)
+    store.admit("engine", KEY)
+    assert [(shard.nbytes, shard.charged_nbytes, shard.checksum) for shard in store.shards(KEY)] == [
+        (4097, 8192, None),
+        (100, 4096, b"c" * 16),
+    ]
+
+
 def test_unsealed_memory_is_never_admitted(store: CpuStore) -> None:
     lend_written(store, KEY)
     with pytest.raises(AssertionError):

@@ -16,8 +16,8 @@ from p2pkv.core.records import (
     ChunkCounts,
     EventRecord,
     EventState,
+    HandoffAddress,
     Lane,
-    LaneAddress,
     LocationStatus,
     MemberRecord,
     MemberState,
@@ -42,8 +42,8 @@ MEMBER = MemberRecord(
     state=MemberState.ALIVE,
     ws=Address("127.0.0.1", 8002),
     http="http://127.0.0.1:9000",
-    transfer="127.0.0.1:8004",
-    lane=LaneAddress("boot", "/run/lane.sock"),
+    transfer=Address("127.0.0.1", 8004),
+    handoff=HandoffAddress("boot", "/run/lane.sock"),
     zone="",
     namespaces=(NAMESPACE,),
     locations=(LocationStatus(Location.LOCAL_CPU, chunk_count=1, nbytes=4096, limit_nbytes=5 * 2**30),),
@@ -109,6 +109,8 @@ EXAMPLES: tuple[messages.Message, ...] = (
     messages.CancelRequest(EVENT_ID),
     messages.EventRequest(EVENT_ID),
     messages.EventReport(EVENT_ID, EVENT),
+    messages.ClearRequest(nonce=1, location=Location.LOCAL_CPU),
+    messages.ClearAnswer(nonce=1, token_count=12, failure=None),
 )
 
 

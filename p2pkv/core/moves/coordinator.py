@@ -19,7 +19,7 @@ from p2pkv.core.membership import Membership
 from p2pkv.core.messages import CancelRequest, EventReport, EventRequest, PlanAnswer, PlanRequest
 from p2pkv.core.moves.target import TargetMoves
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import EventRecord, EventState, MemberState
+from p2pkv.core.records import EventRecord, EventState
 from p2pkv.errors import ErrorCode, Failure
 
 PLAN_S = 5.0
@@ -86,7 +86,7 @@ class Coordinator:
     def move(self, event: MoveRequested, now: float) -> None:
         """Ask the source for a plan."""
         source = event.old_position.instance
-        problem = self._unreachable(source)
+        problem = self.membership.unreachable(source)
         if problem is None and len(self._plans) >= WAITING_MAX:
             problem = Failure(ErrorCode.INSTANCE_UNREACHABLE, f"{WAITING_MAX} moves wait for their plan; try again later.")
         if problem is not None:
@@ -108,16 +108,6 @@ class Coordinator:
         self._plans[message.event_id] = plan
         self.outbox.send(source, message)
 
-    def _unreachable(self, instance: InstanceId) -> Failure | None:
-        record = self.membership.record_of(instance)
-        if record is None:
-            detail = f"No instance {instance!r} is known in this cluster. `p2pkv members` lists those that are."
-            return Failure(ErrorCode.UNKNOWN_INSTANCE, detail)
-        if record.state is not MemberState.ALIVE:
-            detail = f"Instance {instance!r} is {record.state.value}. Start it again, or name another."
-            return Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
-        return None
-
     def ask(self, event: EventAsked, now: float) -> None:
         """Tell of an event: from memory when it has ended or is one's own, else ask its parties."""
         known = self.history.get(event.event_id)
@@ -135,7 +125,7 @@ class Coordinator:
         parties = parse_event_id(event.event_id)
         if parties is None:
             self._answer_from_memory(event.request, event.event_id)
-        elif (problem := self._unreachable(parties.source)) is not None:
+        elif (problem := self.membership.unreachable(parties.source)) is not None:
             self.outbox.fail(event.request, problem)
         else:
             self._question(event.request, CancelRequest(event.event_id), (parties.source,), now)
@@ -148,7 +138,9 @@ class Coordinator:
             waiting.requests.append(request)
             return
         others = {} if isinstance(ask, CancelRequest) else {self.config.instance: None}
-        reachable = [name for name in dict.fromkeys(parties) if name not in others and self._unreachable(name) is None]
+        reachable = [
+            name for name in dict.fromkeys(parties) if name not in others and self.membership.unreachable(name) is None
+        ]
         if not reachable:
             self._answer_from_memory(request, ask.event_id)
         elif len(self._questions) >= WAITING_MAX:
@@ -221,7 +213,7 @@ class Coordinator:
         """Whether the boot of `source` that planned this event, as far as is known, can't tell of it any more."""
         watch = self._watches.get(event_id)
         is_another = watch is not None and watch.source_generation != self._generation_of(source)
-        return is_another or self._unreachable(source) is not None
+        return is_another or self.membership.unreachable(source) is not None
 
     def _generation_of(self, instance: InstanceId) -> Generation | None:
         record = self.membership.record_of(instance)
@@ -277,7 +269,7 @@ class Coordinator:
         """Give up what has waited too long, and ask again for what may have been lost."""
         for event_id, plan in list(self._plans.items()):
             source = plan.message.old_position.instance
-            is_lost = plan.source_generation != self._generation_of(source) or self._unreachable(source) is not None
+            is_lost = plan.source_generation != self._generation_of(source) or self.membership.unreachable(source) is not None
             if is_lost or now >= plan.give_up_at:
                 del self._plans[event_id]
                 self.outbox.send(source, CancelRequest(event_id))
@@ -306,7 +298,7 @@ class Coordinator:
             self.outbox.send(parties.source, EventRequest(event_id))
         elif self.targets.is_open(event_id):
             return
-        elif self._unreachable(parties.target) is None and parties.target != self.config.instance:
+        elif self.membership.unreachable(parties.target) is None and parties.target != self.config.instance:
             self.outbox.send(parties.target, EventRequest(event_id))
         else:
             self._give_up(event_id, f"Source {parties.source!r} was lost during the move.", now)

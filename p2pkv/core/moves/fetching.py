@@ -7,16 +7,19 @@ what comes. What was fetched is `Incoming` and verified: counted, but nobody's, 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import FetchChunks
-from p2pkv.core.events import FetchEnded
+from p2pkv.core.events import FetchEnded, RouteRefused
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.membership import Membership
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.outbox import Outbox
+from p2pkv.core.records import HandoffAddress, Lane, Route
 from p2pkv.core.residency import NO_ROOM, Incoming, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
 
-BATCH_DESCRIPTORS = 240
-"""Shards of one fetch: a message carries at most 253 descriptors (`man 7 unix`, SCM_MAX_FD)."""
+HANDOFF_BATCH = Room(nbytes=2**40, descriptors=240)
+"""A message carries at most 253 descriptors (`man 7 unix`, SCM_MAX_FD); bytes cost nothing."""
+TCP_BATCH = Room(nbytes=2**28, descriptors=240)
+"""A quarter of a second, after which the source hears how far it has got. A single chunk may be larger."""
 
 
 class Fetching:
@@ -48,6 +51,7 @@ class Fetching:
             self.release_leases(move)
             return self._no_room(need, book)
         move.pending, move.present = pending, dict.fromkeys(present)
+        move.routes = self._routes(move)
         book.promised[move.event_id] = need
         return None
 
@@ -61,42 +65,46 @@ class Fetching:
     def fetch_next(self, move: TargetMove, now: float) -> bool:
         """Fetch the next batch; False when there is nothing (more) to fetch, `move.problem` saying why if that is a failure."""
         book = self.book(move)
-        batch: list[Chunk] = []
-        need = NO_ROOM
-        while move.pending and (not batch or need.descriptors + len(move.pending[0].shard_nbytes) <= BATCH_DESCRIPTORS):
-            chunk = move.pending.pop(0)
-            if book.get(chunk.key) is None:
-                batch.append(chunk)
-                need += room_of(chunk)
+        batch, need = self._next_batch(move)
         book.promised.pop(move.event_id, None)  # room is made for this batch, not yet for the rest
         if not batch:
             return False
-        source = self._membership.record_of(move.source)
-        if source is None or source.lane is None:
-            detail = f"{move.source!r} and {self._me!r} share no lane: this version needs both on one host, run by one user."
-            move.problem = Failure(ErrorCode.TRANSFER_FAILED, detail)
+        if not move.routes:
+            detail = f"{move.source!r} offers no way to its chunks that {self._me!r} can use."
+            move.problem = move.problem or Failure(ErrorCode.TRANSFER_FAILED, detail)
         elif not self._holdings.make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             move.problem = self._no_room(need, book)
         else:
             for chunk in batch:
                 book.enter(chunk, Incoming(move.event_id), now)
             book.promised[move.event_id] = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
-            move.is_fetching = True
+            move.batch = tuple(batch)
             fetch = FetchChunks(
                 event_id=move.event_id,
                 source=move.source,
-                lane=source.lane,
+                route=move.routes[0],
                 ticket=move.offer.ticket,
-                chunks=tuple(batch),
+                chunks=move.batch,
             )
             self._outbox.add(fetch)
             return True
         move.pending.clear()
         return False
 
+    def _next_batch(self, move: TargetMove) -> tuple[list[Chunk], Room]:
+        batch: list[Chunk] = []
+        need = NO_ROOM
+        limit = HANDOFF_BATCH if move.routes and isinstance(move.routes[0], HandoffAddress) else TCP_BATCH
+        while move.pending and (not batch or (need + room_of(move.pending[0])).fits(limit)):
+            chunk = move.pending.pop(0)
+            if self.book(move).get(chunk.key) is None:
+                batch.append(chunk)
+                need += room_of(chunk)
+        return batch, need
+
     def ended(self, move: TargetMove, event: FetchEnded) -> None:
         """A fetch is over: what came is verified and staged, what didn't is struck out."""
-        move.is_fetching = False
+        move.batch = ()
         fetched = dict.fromkeys(event.fetched)
         for residency in self._incoming(move, is_verified=False):
             chunk = residency.chunk
@@ -107,9 +115,30 @@ class Fetching:
                 move.nbytes += sum(chunk.shard_nbytes)
             else:
                 self.book(move).remove(residency)
+        if event.fetched:
+            move.lane = Lane.HANDOFF if isinstance(move.routes[0], HandoffAddress) else Lane.TCP
         if event.failure is not None:
             move.problem = event.failure
             move.pending.clear()
+
+    def refused(self, move: TargetMove, event: RouteRefused) -> None:
+        """The route can't be used: what was to come by it is still to be fetched, by the next one."""
+        for residency in self._incoming(move, is_verified=False):
+            self.book(move).remove(residency)
+        move.pending[:0] = move.batch
+        move.batch = ()
+        move.routes.pop(0)
+        move.problem = event.failure if not move.routes else None
+
+    def _routes(self, move: TargetMove) -> list[Route]:
+        """By handoff where both ends are on one host, else over TCP."""
+        source = self._membership.record_of(move.source)
+        mine = self._membership.me.handoff
+        if source is None:
+            return []
+        is_same_host = mine is not None and source.handoff is not None and mine.host_id == source.handoff.host_id
+        routes = (source.handoff if is_same_host else None, source.transfer)
+        return [route for route in routes if route is not None]
 
     def own_fetched(self, move: TargetMove, now: float) -> None:
         """Own all that was fetched and isn't owned yet; suffixes first, so that prefixes are the last to be evicted."""

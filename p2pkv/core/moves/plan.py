@@ -8,7 +8,7 @@ from p2pkv.core.ids import Location, Position
 from p2pkv.core.keys import ChunkKey, Namespace
 from p2pkv.core.messages import PlanRequest
 from p2pkv.core.prompt import prompt_of
-from p2pkv.core.records import MemberRecord, MemberState, Selection
+from p2pkv.core.records import MemberRecord, Selection
 from p2pkv.core.residency import Residencies, Residency
 from p2pkv.errors import ErrorCode, Failure
 
@@ -29,20 +29,6 @@ class Manifest:
     def chunks(self) -> tuple[Chunk, ...]:
         """What the target is told."""
         return tuple(residency.chunk for residency in self.residencies)
-
-
-def target_problem(target: MemberRecord | None, position: Position) -> Failure | None:
-    """Why nothing can be moved to `position`, given what is known of its instance; None when it can."""
-    if target is None:
-        detail = f"No instance {position.instance!r} is known in this cluster. `p2pkv members` lists those that are."
-        return Failure(ErrorCode.UNKNOWN_INSTANCE, detail)
-    if target.state is not MemberState.ALIVE:
-        detail = f"Instance {position.instance!r} is {target.state.value}. Start it again, or name another."
-        return Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
-    locations = [status.location for status in target.locations]
-    if position.location not in locations:
-        return unknown_location(position, locations)
-    return None
 
 
 def unknown_location(position: Position, known: Iterable[Location]) -> Failure:

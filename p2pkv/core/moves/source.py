@@ -31,7 +31,7 @@ from p2pkv.core.messages import (
     TakeAnswer,
 )
 from p2pkv.core.moves.handover import Handover
-from p2pkv.core.moves.plan import Manifest, find_manifest, namespace_problem, target_problem, unknown_location
+from p2pkv.core.moves.plan import Manifest, find_manifest, namespace_problem, unknown_location
 from p2pkv.core.moves.source_move import LaneGrant, SourceMove
 from p2pkv.core.moves.tables import SOURCE, SourceInput, SourceState
 from p2pkv.core.outbox import Outbox
@@ -88,10 +88,13 @@ class SourceMoves:
         book = self._holdings.books.get(old.location)
         if book is None:
             return unknown_location(old, self._holdings.books)
+        if (problem := self._membership.unreachable(new.instance)) is not None:
+            return problem
         target = self._membership.record_of(new.instance)
-        problem = target_problem(target, new)
-        if problem is not None or target is None:
-            return problem or Failure(ErrorCode.UNKNOWN_INSTANCE, f"No instance {new.instance!r} is known.")
+        assert target is not None, "it is reachable"
+        target_locations = [status.location for status in target.locations]
+        if new.location not in target_locations:
+            return unknown_location(new, target_locations)
         manifest = find_manifest(request, book, self._holdings.namespaces)
         namespaces = self._holdings.namespaces_of(manifest.chunks)
         is_same = old == new
@@ -117,7 +120,7 @@ class SourceMoves:
         )
         if not is_over:
             self._open_move(request, record, manifest, target.generation, now)
-        self._put(record, now)
+        self._keep(record, now)
         return record
 
     def _open_move(
@@ -193,15 +196,13 @@ class SourceMoves:
         counts = move.record.chunks
         if is_copy and report.is_complete:
             counts = replace(counts, moved=report.fetched_count, already_there=report.already_there_count)
-        self._update(
-            move, replace(move.record, state=EventState.RUNNING, nbytes=report.nbytes, lane=report.lane, chunks=counts), now
-        )
-        if entered is not SourceState.TAKING:
-            return
-        if is_copy or not report.fetched_count + report.already_there_count:
-            self._finish(move, SourceInput.FINISHED, now)
-        else:
-            self._hand_over(move, now)
+        move.record = replace(move.record, state=EventState.RUNNING, nbytes=report.nbytes, lane=report.lane, chunks=counts)
+        if entered is SourceState.TAKING:
+            if is_copy or not report.fetched_count + report.already_there_count:
+                self._finish(move, SourceInput.FINISHED, now)
+            else:
+                self._hand_over(move, now)
+        self._tell_progress(move, now)
 
     def _remind(self, event_id: EventId, sender: InstanceId) -> None:
         """The target missed the end of a move: tell it, or tell it that nothing is known."""
@@ -214,8 +215,9 @@ class SourceMoves:
             return
         counts = self._handover.answered(move, answer)
         move.state = SOURCE[move.state][SourceInput.ANSWERED]
-        self._update(move, replace(move.record, chunks=counts), now)
+        move.record = replace(move.record, chunks=counts)
         self._hand_over(move, now)
+        self._tell_progress(move, now)
 
     def keep(self, keys_by_move: dict[EventId, list[ChunkKey]], now: float) -> None:
         """An engine stored these chunks again while they were on their way out: close their attempts.
@@ -331,15 +333,21 @@ class SourceMoves:
         move = self._open.get(event_id)
         return move if move is not None and move.target == target else None
 
-    def _update(self, move: SourceMove, record: EventRecord, now: float) -> None:
-        move.record = record
-        self._put(record, now)
+    def _tell_progress(self, move: SourceMove, now: float) -> None:
+        """Last of a step, so that what the target waits for goes first, and nothing is told that the end says anyway."""
+        if move.plan.event_id in self._open:
+            self._put(move.record, now)
 
     def _put(self, record: EventRecord, now: float) -> None:
-        if self._history.put(record, now):
+        if self._keep(record, now) and record.coordinator != self._config.instance:
+            self._outbox.send(record.coordinator, EventReport(event_id=record.event_id, event=record))
+
+    def _keep(self, record: EventRecord, now: float) -> bool:
+        """Write it down; whether it is news."""
+        is_news = self._history.put(record, now)
+        if is_news:
             self._outbox.add(EventChanged(record))
-            if record.coordinator != self._config.instance:
-                self._outbox.send(record.coordinator, EventReport(event_id=record.event_id, event=record))
+        return is_news
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""

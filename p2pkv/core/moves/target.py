@@ -14,7 +14,7 @@ from math import inf
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import CancelFetch, EventChanged
-from p2pkv.core.events import FetchEnded
+from p2pkv.core.events import FetchEnded, RouteRefused
 from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId, parse_event_id
@@ -26,7 +26,7 @@ from p2pkv.core.moves.plan import unknown_location
 from p2pkv.core.moves.tables import TARGET, TargetInput, TargetState
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Lane, Operation
+from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
 from p2pkv.core.residency import Incoming
 from p2pkv.errors import ErrorCode, Failure
 
@@ -173,6 +173,15 @@ class TargetMoves:
         else:
             self._fetch_on(move, now)
 
+    def route_refused(self, event: RouteRefused, now: float) -> None:
+        """The lane couldn't be opened: try the next one."""
+        move = self._open[event.event_id]
+        self._fetching.refused(move, event)
+        if move.state is TargetState.ENDED:
+            self._settle(move, now)
+        else:
+            self._fetch_on(move, now)
+
     def _report(self, move: TargetMove, now: float) -> None:
         move.report_at = now + REPORT_S
         is_complete = move.state is TargetState.COMPLETE
@@ -184,7 +193,7 @@ class TargetMoves:
             already_there_count=len(move.present),
             failed_count=move.offer.chunk_count - here_count if is_complete else 0,
             nbytes=move.nbytes,
-            lane=Lane.HANDOFF if move.fetched else None,
+            lane=move.lane,
             failure=move.problem,
         )
         self._outbox.send(move.source, report)
@@ -287,7 +296,7 @@ class TargetMoves:
             chunks=ChunkCounts(found=offer.chunk_count, moved=moved, already_there=there, failed=failed),
             num_tokens=offer.num_tokens,
             nbytes=move.nbytes,
-            lane=Lane.HANDOFF if moved else None,
+            lane=move.lane,
             started_at=move.started_at + self._config.wall_offset_s,
             finished_at=now + self._config.wall_offset_s,
             coordinator=parties.coordinator,

@@ -7,6 +7,7 @@ from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.keys import ChunkKey, Namespace
 from p2pkv.core.messages import Offer, TakeAnswer
 from p2pkv.core.moves.tables import TargetState
+from p2pkv.core.records import Lane, Route
 from p2pkv.errors import Failure
 
 
@@ -14,7 +15,8 @@ from p2pkv.errors import Failure
 class TargetMove:
     """One move whose target is this instance.
 
-    `pending` are chunks still to fetch, prefix first; `fetched` came over the lane; `present` were here before. A move that has
+    `pending` are chunks still to fetch, prefix first, by the first of `routes`, the rest of which are for when that is refused;
+    `batch` is being fetched; `fetched` came over `lane`; `present` were here before. A move that has
     ended while its fetch goes on waits for the fetch's end; then, `is_source_lost` decides what becomes of the bytes.
     """
 
@@ -27,13 +29,20 @@ class TargetMove:
     state: TargetState = TargetState.COLLECTING
     manifest: dict[ChunkKey, Chunk] = field(default_factory=dict)
     pending: list[Chunk] = field(default_factory=list)
-    is_fetching: bool = False
+    routes: list[Route] = field(default_factory=list)
+    batch: tuple[Chunk, ...] = ()
+    lane: Lane | None = None
     fetched: dict[ChunkKey, None] = field(default_factory=dict)
     present: dict[ChunkKey, None] = field(default_factory=dict)
     nbytes: int = 0
     problem: Failure | None = None
     answer: TakeAnswer | None = None
     is_source_lost: bool = False
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether a fetch is under way."""
+        return bool(self.batch)
 
     @property
     def event_id(self) -> EventId:

@@ -19,6 +19,7 @@ from p2pkv.core.keys import Identity
 from p2pkv.engines import EngineCache
 from p2pkv.engines.huggingface import cache_of_kv, kv_of_cache, layout_of
 from p2pkv.engines.reference.model import ReferenceModel
+from p2pkv.engines.reference.text import AnswerText
 from p2pkv.errors import ErrorCode, Failure, InvalidRequestError, P2pkvError
 
 BLOCK_TOKENS = 256
@@ -26,10 +27,24 @@ BLOCK_TOKENS = 256
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: the model said so, or `max_tokens` were written."""
+    """Why an answer ended: the model or a stop string said so, or `max_tokens` were written."""
 
     STOP = "stop"
     LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """By what an answer grew.
+
+    Attributes:
+        text: Whole characters, none of which may turn out to belong to a stop string; empty only in an answer's last piece.
+        tokens: The token ids since the piece before. With a stop string or a character that began in them, their text may be
+            in a later piece.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +52,13 @@ class Completion:
     """An answer.
 
     Attributes:
-        text: The answer's tokens as text.
+        text: The answer's tokens as text, up to a stop string.
         prompt_tokens: The prompt's token ids.
-        answer_tokens: The answer's token ids, at least one; the end token counts, its text is empty.
+        answer_tokens: The answer's token ids, at least one; the end token counts, its text is empty, and those of the stop
+            string count too.
         cached_count: Prompt tokens whose KV was loaded instead of computed; at most all but the last.
         finish_reason: Why it ended.
+        stop_reason: The stop string that ended it, if one did.
     """
 
     text: str
@@ -49,6 +66,7 @@ class Completion:
     answer_tokens: tuple[int, ...]
     cached_count: int
     finish_reason: FinishReason
+    stop_reason: str | None
 
 
 class ReferenceEngine:
@@ -83,41 +101,56 @@ class ReferenceEngine:
         self._check_tokens(tokens)
         return self.model.tokenizer.decode(list(tokens))
 
-    def complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int,
-        identity: Identity | None = None,
-        checkpoint: Callable[[], None] = lambda: None,
-    ) -> Completion:
-        """Answer `prompt` with the likeliest token, again and again.
-
-        Args:
-            prompt: Text, which gets its begin token, or token ids, which are taken as they are.
-            max_tokens: Longest answer, at least 1.
-            identity: Who shares the cache of this prompt.
-            checkpoint: Called before each pass; what it raises ends the work.
+    def read_prompt(self, prompt: str | Sequence[int], max_tokens: int) -> list[int]:
+        """The token ids of a prompt that can be answered: a text's with its begin token, token ids as they are.
 
         Raises:
             InvalidRequestError: The prompt is empty, has tokens that the model hasn't, or is too long together with its answer.
         """
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_prompt(tokens, max_tokens)
+        return tokens
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        identity: Identity | None = None,
+        emit: Callable[[Piece], None] = lambda _: None,
+        checkpoint: Callable[[], None] = lambda: None,
+    ) -> Completion:
+        """Answer `prompt` with the likeliest token, again and again.
+
+        Args:
+            prompt: As `read_prompt` takes it.
+            max_tokens: Longest answer, at least 1.
+            stop: The answer ends before any of these, none of them empty.
+            identity: Who shares the cache of this prompt.
+            emit: Called with each piece of the answer as soon as it is certain; what it raises ends the work.
+            checkpoint: Called before each pass; what it raises ends the work.
+
+        Raises:
+            InvalidRequestError: As `read_prompt`.
+        """
+        tokens = self.read_prompt(prompt, max_tokens)
+        answer = _Answer(AnswerText(self.model.tokenizer, tokens, stop), self.model.end_tokens, emit)
         with torch.inference_mode():
             loaded = self._load(tokens, identity)
-            past = DynamicCache() if loaded is None else loaded
+            past = self._empty_cache() if loaded is None else loaded
             cached_count = past.get_seq_length()
             logits = self._compute_prompt(tokens, past, checkpoint)
             if self._cache is not None and loaded is not None:
                 self._keep(self._cache, tokens, past, identity)
-            answer = self._compute_answer(logits, past, max_tokens, checkpoint)
+            self._compute_answer(answer, logits, past, max_tokens, checkpoint)
         return Completion(
-            text=self.model.tokenizer.decode(answer),
+            text="".join(answer.texts),
             prompt_tokens=tuple(tokens),
-            answer_tokens=tuple(answer),
+            answer_tokens=tuple(answer.tokens),
             cached_count=cached_count,
-            finish_reason=FinishReason.STOP if answer[-1] in self.model.end_tokens else FinishReason.LENGTH,
+            finish_reason=FinishReason.STOP if answer.is_stopped else FinishReason.LENGTH,
+            stop_reason=answer.stop_reason,
         )
 
     def _load(self, tokens: list[int], identity: Identity | None) -> DynamicCache | None:
@@ -130,7 +163,11 @@ class ReferenceEngine:
             self._note(f"nothing could be loaded: {error}")
             return None
         usable_count = min(held_count, len(tokens) - 1)
-        return DynamicCache() if kv is None or usable_count == 0 else cache_of_kv(kv[:, :, :usable_count])
+        return self._empty_cache() if kv is None or usable_count == 0 else cache_of_kv(kv[:, :, :usable_count])
+
+    def _empty_cache(self) -> DynamicCache:
+        """What the model fills: with layers that forget, for one that attends to a window."""
+        return DynamicCache(config=self.model.network.config)
 
     def _keep(self, cache: EngineCache, tokens: list[int], past: DynamicCache, identity: Identity | None) -> None:
         """Store the prompt, also when all of it was found inside longer chunks: it is to be moved by its own tokens."""
@@ -155,19 +192,17 @@ class ReferenceEngine:
         return self._compute(tokens[last:], past)
 
     def _compute_answer(
-        self, logits: torch.Tensor, past: DynamicCache, max_tokens: int, checkpoint: Callable[[], None]
-    ) -> list[int]:
-        answer = [int(logits.argmax())]
-        while len(answer) < max_tokens and answer[-1] not in self.model.end_tokens:
+        self, answer: "_Answer", logits: torch.Tensor, past: DynamicCache, max_tokens: int, checkpoint: Callable[[], None]
+    ) -> None:
+        answer.add(int(logits.argmax()))
+        while len(answer.tokens) < max_tokens and not answer.is_stopped:
             checkpoint()
-            answer.append(int(self._compute(answer[-1:], past).argmax()))
-        return answer
+            answer.add(int(self._compute(answer.tokens[-1:], past).argmax()))
+        answer.end()
 
     def _compute(self, tokens: list[int], past: DynamicCache) -> torch.Tensor:
         """Logits `[vocabulary]` after `tokens`, whose KV is appended to `past`."""
-        result = self.model.network(input_ids=torch.tensor([tokens]), past_key_values=past, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = result.logits[0, -1]
-        return logits
+        return self.model.compute(torch.tensor([tokens]), past)
 
     def _note(self, problem: str | None) -> None:
         if problem == self.cache_problem:
@@ -192,6 +227,43 @@ class ReferenceEngine:
         strange = next((token for token in tokens if not 0 <= token < self.model.vocabulary_size), None)
         if strange is not None:
             raise _invalid(f"token id {strange} is none of this model's, which are 0 to {self.model.vocabulary_size - 1}")
+
+
+class _Answer:
+    """An answer that is being written: its tokens, and its text in the pieces that are given out."""
+
+    def __init__(self, text: AnswerText, end_tokens: frozenset[int], emit: Callable[[Piece], None]) -> None:
+        self.tokens: list[int] = []
+        self.texts: list[str] = []
+        self._text = text
+        self._end_tokens = end_tokens
+        self._emit = emit
+        self._emitted_count = 0
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self._text.stop_reason
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string or the model ended it."""
+        return self.stop_reason is not None or self.tokens[-1] in self._end_tokens
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        if text := self._text.add(token):
+            self._give(text)
+
+    def end(self) -> None:
+        text = self._text.end()
+        if text or self._emitted_count < len(self.tokens):
+            self._give(text)
+
+    def _give(self, text: str) -> None:
+        self.texts.append(text)
+        piece = Piece(text, tuple(self.tokens[self._emitted_count :]))
+        self._emitted_count = len(self.tokens)
+        self._emit(piece)
 
 
 def _invalid(detail: str) -> InvalidRequestError:

@@ -1,7 +1,6 @@
 """The calls of the reference engine: OpenAI's and vLLM's requests as work for the model's one thread, errors as replies."""
 # flake8: noqa: ASYNC124 - the framework runs what is not async in a thread
 
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,9 +15,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from p2pkv.core.keys import Identity
-from p2pkv.engines.reference.engine import ReferenceEngine
+from p2pkv.engines.reference.answering import CompletionResponse
+from p2pkv.engines.reference.engine import Completion, Piece, ReferenceEngine
 from p2pkv.engines.reference.openai import (
-    Choice,
     CompletionReply,
     CompletionRequest,
     DetokenizeReply,
@@ -28,10 +27,8 @@ from p2pkv.engines.reference.openai import (
     HealthReply,
     ModelCard,
     ModelsReply,
-    PromptTokensDetails,
     TokenizeReply,
     TokenizeRequest,
-    Usage,
 )
 from p2pkv.errors import InvalidRequestError
 
@@ -55,34 +52,11 @@ class EngineFront:
         self._started_at = int(time.time())
         self._one_thread = trio.CapacityLimiter(1)
 
-    async def complete(self, body: CompletionRequest) -> CompletionReply:
-        """Answer a prompt greedily."""
+    async def complete(self, body: CompletionRequest) -> CompletionResponse:
+        """Answer a prompt greedily, as one object or as server-sent events."""
         self._check_model(body.model)
-        done = await self._in_thread(
-            partial(
-                self.engine.complete,
-                body.prompt,
-                max_tokens=body.max_tokens,
-                identity=Identity(cache_salt=body.cache_salt),
-                checkpoint=trio.from_thread.check_cancelled,
-            )
-        )
-        prompt_count, answer_count = len(done.prompt_tokens), len(done.answer_tokens)
-        choice = Choice(
-            text=done.text,
-            finish_reason=done.finish_reason,
-            token_ids=done.answer_tokens if body.return_token_ids else None,
-            prompt_token_ids=done.prompt_tokens if body.return_token_ids else None,
-        )
-        usage = Usage(
-            prompt_tokens=prompt_count,
-            completion_tokens=answer_count,
-            total_tokens=prompt_count + answer_count,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=done.cached_count),
-        )
-        return CompletionReply(
-            id=f"cmpl-{secrets.token_hex(16)}", created=int(time.time()), model=body.model, choices=(choice,), usage=usage
-        )
+        tokens = await self._in_thread(partial(self.engine.read_prompt, body.prompt, body.max_tokens))
+        return CompletionResponse(body, tokens, partial(self._compute, body, tokens))
 
     async def tokenize(self, body: TokenizeRequest) -> TokenizeReply:
         """Token ids of a text."""
@@ -107,12 +81,25 @@ class EngineFront:
         """Whether the engine serves, and how its cache is."""
         return HealthReply(cache_problem=self.engine.cache_problem)
 
+    async def _compute(self, body: CompletionRequest, tokens: list[int], emit: Callable[[Piece], None]) -> Completion:
+        """Complete `tokens`, once it is their turn; ends soon after a cancellation."""
+        work = partial(
+            self.engine.complete,
+            tokens,
+            max_tokens=body.max_tokens,
+            stop=body.stop,
+            identity=Identity(cache_salt=body.cache_salt),
+            emit=emit,
+            checkpoint=trio.from_thread.check_cancelled,
+        )
+        return await trio.to_thread.run_sync(work, limiter=self._one_thread)
+
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
             raise HTTPException(404, f"The model `{name}` does not exist; served are {', '.join(self.names)}.")
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Do `work` in the model's thread; its checkpoints end it soon after a cancellation."""
+        """Do some short `work` in the model's thread, if not too many wait for it already."""
         if self._one_thread.statistics().tasks_waiting >= WAITING_LIMIT:
             raise HTTPException(503, f"{WAITING_LIMIT} requests wait for the model already; try again soon.")
         return await trio.to_thread.run_sync(work, limiter=self._one_thread)
@@ -121,7 +108,7 @@ class EngineFront:
 def build_app(front: EngineFront) -> FastAPI:
     """The calls of `front` as an application, with every error in OpenAI's shape."""
     app = FastAPI(title="p2pkv reference engine", docs_url=None, redoc_url=None, responses={"4XX": {"model": ErrorReply}})
-    app.post("/v1/completions")(front.complete)
+    app.post("/v1/completions", response_model=CompletionReply)(front.complete)
     app.post("/tokenize")(front.tokenize)
     app.post("/detokenize")(front.detokenize)
     app.get("/v1/models")(front.models)

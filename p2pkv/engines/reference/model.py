@@ -8,14 +8,24 @@ own; what it writes depends on every number that it reads, and that is what a ca
 import hashlib
 import json
 import math
+import textwrap
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
 
 from p2pkv.errors import ConfigError
 
@@ -27,6 +37,8 @@ TINY_LLAMA_STANDARD_DEVIATION = 0.3
 BEGIN, END = "<|begin|>", "<|end|>"
 VOCABULARY_SIZE = 960
 """Nearly all words of `page.txt`; 256 are single bytes, so that any text can be said."""
+MAX_REASON_NCHARS = 300
+"""Of what transformers says of a folder; it may list all models that it knows."""
 _MEANINGLESS_IN_CONFIG = frozenset({"transformers_version", "architectures", "_name_or_path"})
 """They differ between a model made here and the same model loaded from a folder."""
 
@@ -50,14 +62,33 @@ class ReferenceModel:
     end_tokens: frozenset[int]
 
     @property
+    def text_config(self) -> PreTrainedConfig:
+        """The part of the configuration that the text decoder has; most have no other."""
+        return self.network.config.get_text_config(decoder=True)
+
+    @property
     def max_tokens(self) -> int:
         """Longest prompt and answer together, in tokens."""
-        return int(self.network.config.max_position_embeddings)
+        return int(self.text_config.max_position_embeddings)
 
     @property
     def vocabulary_size(self) -> int:
         """Token ids are 0 ... this - 1."""
-        return int(self.network.config.vocab_size)
+        return int(self.text_config.vocab_size)
+
+    def compute(self, tokens: torch.Tensor, past: DynamicCache) -> torch.Tensor:
+        """Run the model on.
+
+        Args:
+            tokens: `[1, count]`, those that follow what `past` holds.
+            past: Their keys and values are appended to it.
+
+        Returns:
+            Logits `[vocabulary]` after the last of `tokens`.
+        """
+        result = self.network(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = result.logits[0, -1]
+        return logits
 
 
 def make_tiny_llama() -> ReferenceModel:
@@ -88,23 +119,67 @@ def load_model(directory: Path) -> ReferenceModel:
         directory: Holds the configuration, the weights as safetensors, and `tokenizer.json`.
 
     Raises:
-        ConfigError: The folder doesn't hold such a model.
+        ConfigError: The folder doesn't hold such a model, or not all of it; the text says what is wrong.
     """
     try:
-        network = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no model can be loaded from {directory}: {error}") from error
+        network = _load_network(directory)
+        tokenizer = _load_tokenizer(directory)
+        model = _reference_model(directory.resolve().name, network, tokenizer)
+        _check_fit(model)
+        _check_passes(model)
+    except Exception as error:  # whatever transformers makes of files that are somebody else's
+        reason = textwrap.shorten(str(error), MAX_REASON_NCHARS)
+        raise ConfigError(f"no model can be loaded from {directory}: {reason}") from error
+    return model
+
+
+def _load_network(directory: Path) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True
+    )
+    network, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def _load_tokenizer(directory: Path) -> Tokenizer:
     vocabulary = directory / "tokenizer.json"
     if not vocabulary.is_file():
-        raise ConfigError(f"no model can be loaded from {directory}: it has no tokenizer.json")
-    return _reference_model(directory.resolve().name, network, Tokenizer.from_file(str(vocabulary)))
+        raise ConfigError("it has no tokenizer.json")
+    return Tokenizer.from_file(str(vocabulary))
 
 
 def _reference_model(name: str, network: PreTrainedModel, tokenizer: Tokenizer) -> ReferenceModel:
     network.train(mode=False).requires_grad_(requires_grad=False)
-    end = network.config.eos_token_id
+    end = network.generation_config.eos_token_id
     ends = frozenset(end) if isinstance(end, list) else frozenset() if end is None else frozenset({end})
     return ReferenceModel(name, network, tokenizer, _weights_digest(network), ends)
+
+
+def _check_fit(model: ReferenceModel) -> None:
+    """Refuse a tokenizer of another model, and a model that doesn't say how much it reads."""
+    tokens = model.tokenizer.get_vocab_size()
+    if tokens > model.vocabulary_size:
+        raise ConfigError(f"its tokenizer has {tokens} tokens and the model {model.vocabulary_size}")
+    if getattr(model.text_config, "max_position_embeddings", None) is None:
+        raise ConfigError("its configuration names no max_position_embeddings, so nothing says how long a prompt may be")
+
+
+def _check_passes(model: ReferenceModel) -> None:
+    """Refuse a model that reads on from a `DynamicCache` otherwise than it reads at once: the engine does nothing else."""
+    tokens = torch.tensor([[0, 1, 2, 3]]) % model.vocabulary_size
+    with torch.inference_mode():
+        whole = model.compute(tokens, DynamicCache(config=model.network.config))
+        past = DynamicCache(config=model.network.config)
+        model.compute(tokens[:, :2], past)
+        in_parts = model.compute(tokens[:, 2:], past)
+    rounding = torch.finfo(whole.dtype).eps ** 0.5  # half the digits: 1,000 times what a small model's sums differ by
+    tolerance = rounding * float(whole.abs().max())
+    if past.get_seq_length() != 4 or not torch.allclose(whole, in_parts, rtol=0.0, atol=tolerance):
+        raise ConfigError(f"{type(model.network).__name__} doesn't go on from a DynamicCache as a causal model should")
 
 
 def _train_tokenizer(page: str) -> Tokenizer:
@@ -140,5 +215,5 @@ def _weights_digest(network: PreTrainedModel) -> str:
     digest = xxhash.xxh3_128(json.dumps(unusual, sort_keys=True, default=str).encode())
     for name, weight in sorted(network.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -5,10 +5,13 @@ A field that isn't here, or a value that isn't offered, is refused with a senten
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
 
 from p2pkv.core.keys import MAX_TOKEN_ID
 from p2pkv.engines.reference.engine import FinishReason
+
+MAX_STOP_STRINGS = 4
+"""As OpenAI takes them."""
 
 
 def _only(offered: object, sentence: str) -> AfterValidator:
@@ -28,7 +31,15 @@ def _one_prompt(value: object) -> object:
     return value
 
 
+def _stop_strings(value: object) -> object:
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"must be one text or a list of at most {MAX_STOP_STRINGS} texts")
+    return tuple(strings)
+
+
 TokenId = Annotated[StrictInt, Field(ge=0, le=MAX_TOKEN_ID)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Prompt = Annotated[str | list[TokenId], BeforeValidator(_one_prompt)]
 
 
@@ -36,6 +47,12 @@ class RequestBody(BaseModel):
     """What all requests have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(RequestBody):
+    """What a stream has besides the text: `include_usage`, one more chunk with the usage at its end."""
+
+    include_usage: bool = False
 
 
 class CompletionRequest(RequestBody):
@@ -46,9 +63,18 @@ class CompletionRequest(RequestBody):
     max_tokens: int = Field(default=16, ge=1)
     temperature: Annotated[float, _only(0, "this engine decodes greedily: leave it out or send 0")] = 0
     n: Annotated[int, _only(1, "this engine gives one answer a request: leave it out or send 1")] = 1
-    stream: Annotated[bool, _only(False, "this engine doesn't stream yet: leave it out or send false")] = False
+    stop: Annotated[tuple[StopString, ...], BeforeValidator(_stop_strings)] = ()
+    stream: bool = False
+    stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     cache_salt: str = Field(default="", max_length=1024)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _check_options(cls, options: StreamOptions | None, others: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not others.data.get("stream"):
+            raise ValueError("only a stream takes them: leave them out or send stream: true")
+        return options
 
 
 class TokenizeRequest(RequestBody):
@@ -68,14 +94,19 @@ class DetokenizeRequest(RequestBody):
 
 
 class Choice(BaseModel):
-    """The answer. The token ids are null unless asked for."""
+    """The answer, or in a stream what it grew by.
+
+    The token ids are null unless asked for; those of the prompt come with the first chunk. `finish_reason` is null in all but
+    the last; `stop_reason` is the stop string, if one ended the answer.
+    """
 
     index: Literal[0] = 0
     text: str
     logprobs: None = None
-    finish_reason: FinishReason
-    token_ids: tuple[int, ...] | None
-    prompt_token_ids: tuple[int, ...] | None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
 
 
 class PromptTokensDetails(BaseModel):
@@ -102,6 +133,17 @@ class CompletionReply(BaseModel):
     model: str
     choices: tuple[Choice]
     usage: Usage
+
+
+class CompletionChunk(BaseModel):
+    """One event of a stream. With `include_usage` the last has the usage and no choice; without it none has `usage`."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: tuple[Choice, ...]
+    usage: Usage | None
 
 
 class TokenizeReply(BaseModel):

@@ -25,6 +25,9 @@ from p2pkv.http_server import serve
 KEEP_ALIVE_S = 20.0
 """A connection without a request, or with one whose headers don't end, is closed after this."""
 
+UNREAD_LIMIT_MS = 1000
+"""A client that takes nothing of its answer for so long is cut off: Hypercorn waits for it even when it is cancelled."""
+
 
 async def serve_engine(
     config: Path | NodeConfig,
@@ -62,9 +65,24 @@ async def serve_engine(
         with cache or nullcontext():
             front = EngineFront(ReferenceEngine(model, cache, problem), served_model_names)
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve, DoorGuard(build_app(front), {port}), _server_config(listener))
+                await nursery.start(serve_front, front, listener)
                 typer.echo(f"p2pkv engine ready instance={node.lmcache_instance_id} url={url} model={front.names[0]}")
                 task_status.started(url)
+
+
+async def serve_front(front: EngineFront, listener: socket.socket, *, task_status: trio.TaskStatus[None]) -> None:
+    """Serve the calls of `front` until cancelled.
+
+    Args:
+        front: The calls.
+        listener: Bound to a loopback address; becomes the server's.
+        task_status: Told when requests are taken.
+    """
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_LIMIT_MS)
+    application = DoorGuard(build_app(front), {listener.getsockname()[1]})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, application, _server_config(listener))
+        task_status.started()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -10,14 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from p2pkv.core.records import EventRecord
-from p2pkv.errors import ErrorCode, Failure, FailureError
+from p2pkv.errors import ErrorCode, FailureError
+from p2pkv.net.calls import BUG_FIELDS, refusal_fields
 from p2pkv.net.logs import logger
 
 NOT_FOUND = "not_found"
 METHOD_NOT_ALLOWED = "method_not_allowed"
-FORBIDDEN = "forbidden"
-INTERNAL_ERROR = "internal_error"
 
 STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.INVALID_REQUEST: 422,
@@ -33,33 +31,21 @@ STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.CANCELLED: 503,
     ErrorCode.DEADLINE_EXCEEDED: 503,
     ErrorCode.STORE_FULL: 507,
+    ErrorCode.UNAUTHORIZED: 401,
+    ErrorCode.FORBIDDEN: 403,
 }
 
 _log = logger("http")
 
 
-class MoveFailedError(FailureError):
-    """A move ended without success while its request waited: the answer tells of both, the failure and the event."""
-
-    def __init__(self, failure: Failure, event: EventRecord) -> None:
-        super().__init__(failure)
-        self.event = event
-
-
-def error_reply(status: int, *, error: str, detail: str, **more: object) -> JSONResponse:
-    """The one shape of every refusal."""
-    return JSONResponse({"detail": detail, "error": error, **more}, status_code=status)
+def error_reply(status: int, *, error: str, detail: str) -> JSONResponse:
+    """A refusal by the framework or the guard, in the same shape as the calls' own."""
+    return JSONResponse({"detail": detail, "error": error}, status_code=status)
 
 
 async def _answer_failure(_: Request, failed: Exception) -> JSONResponse:
     assert isinstance(failed, FailureError)
-    code, detail = failed.failure.code, failed.failure.detail
-    if isinstance(failed, MoveFailedError):
-        event = failed.event
-        return error_reply(
-            STATUS[code], error=code, detail=detail, event_id=event.event_id, num_tokens=event.num_tokens, state=event.state
-        )
-    return error_reply(STATUS[code], error=code, detail=detail)
+    return JSONResponse(refusal_fields(failed), status_code=STATUS[failed.failure.code])
 
 
 async def _answer_framework(request: Request, refused: Exception) -> JSONResponse:
@@ -78,7 +64,7 @@ async def _answer_framework(request: Request, refused: Exception) -> JSONRespons
 async def _answer_bug(request: Request, bug: Exception) -> JSONResponse:
     trace = "".join(traceback.format_exception(bug))
     _log.error("call failed", method=request.method, path=request.url.path, traceback=trace)
-    return error_reply(500, error=INTERNAL_ERROR, detail="This is a bug of the node. Its log has the traceback.")
+    return error_reply(500, **BUG_FIELDS)
 
 
 def add_error_handlers(app: FastAPI) -> None:

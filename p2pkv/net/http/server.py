@@ -1,17 +1,17 @@
-"""Serving the HTTP shim: Hypercorn on sockets that the node has bound, behind the guard against browsers."""
+"""Serving the HTTP shim: Hypercorn on sockets that the node listens on, behind the guard of its doors."""
 
 import socket
-from collections.abc import Collection, Sequence
 
 import trio
 from hypercorn.config import Config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from p2pkv.browser_guard import refuse_browser
+from p2pkv.errors import ErrorCode
 from p2pkv.http_server import serve
+from p2pkv.net.access import UNAUTHORIZED, DoorGuard
 from p2pkv.net.driver import Driver
 from p2pkv.net.http.app import build_app
-from p2pkv.net.http.errors import FORBIDDEN, error_reply
+from p2pkv.net.http.errors import error_reply
 
 KEEP_ALIVE_S = 20.0
 """A connection without a request, or with one whose headers don't end, is closed after this."""
@@ -26,12 +26,12 @@ SECURITY_HEADERS = (
 )
 
 
-class BrowserGuard:
-    """An ASGI application that lets through to another what no foreign web page has sent, and hardens its answers."""
+class Guarded:
+    """An ASGI application that lets through to another what `guard` doesn't refuse, and hardens its answers."""
 
-    def __init__(self, application: ASGIApp, ports: Collection[int]) -> None:
+    def __init__(self, application: ASGIApp, guard: DoorGuard) -> None:
         self._application = application
-        self._ports = ports
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -45,40 +45,41 @@ class BrowserGuard:
             await send(message)
 
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = refuse_browser(
-            host=headers.get(b"host"),
-            origin=headers.get(b"origin"),
-            fetch_site=headers.get(b"sec-fetch-site"),
-            ports=self._ports,
-        )
+        refusal = self._guard.refuse_page(headers) or self._guard.access(headers).refuse_http(scope["method"], scope["path"])
         application = self._application
-        if refusal is not None:
-            application = error_reply(refusal.status, error=FORBIDDEN, detail=refusal.reason)
+        if refusal is not None and refusal.status == UNAUTHORIZED:
+            application = error_reply(UNAUTHORIZED, error=ErrorCode.UNAUTHORIZED, detail=refusal.reason)
+            application.headers["www-authenticate"] = "Bearer"
+        elif refusal is not None:
+            application = error_reply(refusal.status, error=ErrorCode.FORBIDDEN, detail=refusal.reason)
         await application(scope, receive, send_hardened)
 
 
-async def serve_http(
-    driver: Driver,
-    listeners: Sequence[socket.socket],
-    *,
-    task_status: trio.TaskStatus[None],
-) -> None:
-    """Serve the shim until cancelled.
+def guarded_app(driver: Driver, guard: DoorGuard) -> ASGIApp:
+    """The shim of the node that `driver` drives, behind its guard.
 
     Args:
         driver: Of this node.
-        listeners: Bound TCP sockets, which become the server's.
+        guard: Of this node's doors.
+    """
+    return Guarded(build_app(driver), guard)
+
+
+async def serve_http(application: ASGIApp, listener: socket.socket, *, task_status: trio.TaskStatus[None]) -> None:
+    """Serve the shim at one port until cancelled.
+
+    Args:
+        application: As `guarded_app` gives it; it may serve several ports.
+        listener: A listening TCP socket, which becomes the server's.
         task_status: Told when requests are taken.
     """
-    ports = frozenset(listener.getsockname()[1] for listener in listeners)
-    for listener in listeners:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_LIMIT_MS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_LIMIT_MS)
     config = Config()
-    config.bind = [f"fd://{listener.detach()}" for listener in listeners]
+    config.bind = [f"fd://{listener.detach()}"]
     config.accesslog = config.errorlog = None
     config.include_server_header = False
     config.keep_alive_timeout = KEEP_ALIVE_S
     config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEADER_NBYTES
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve, BrowserGuard(build_app(driver), ports), config)
+        await nursery.start(serve, application, config)
         task_status.started()

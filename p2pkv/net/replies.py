@@ -1,7 +1,9 @@
-"""What the HTTP calls answer, field by field, and how it follows from the core's records."""
+"""What the calls answer, field by field, and how it follows from the core's records."""
 
+import secrets
 from dataclasses import dataclass
 
+from p2pkv.core.messages import InventoryEntry
 from p2pkv.core.records import EventRecord, MemberRecord, Operation
 
 
@@ -29,6 +31,77 @@ class LookupReply:
     event_id: str
     layout_info: dict[str, tuple[str, int]]
     complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FullLookupReply:
+    """For each holder all its locations, each with the prefix held there, in tokens. `complete` as in `LookupReply`."""
+
+    event_id: str
+    layout_info: dict[str, list[tuple[str, int]]]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReply:
+    """An error code for each worker; 0 means well."""
+
+    event_id: str
+    error_codes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryInstanceReply:
+    """The instance at an address."""
+
+    event_id: str
+    res: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfoReply:
+    """A worker: its instance's websocket door and transfer address, when it joined and when it was last heard."""
+
+    instance_id: str
+    worker_id: int
+    ip: str
+    port: int
+    peer_init_url: str | None
+    registration_time: float | None
+    last_heartbeat_time: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryWorkerInfoReply:
+    """An instance's workers."""
+
+    event_id: str
+    worker_infos: list[WorkerInfoReply]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedReply:
+    """How many tokens a change of what is held was about."""
+
+    event_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryItemReply:
+    """A chunk: its fingerprint as 16 hexadecimal digits, where it is held, and how many tokens it covers."""
+
+    fingerprint: str
+    location: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryReply:
+    """A page of what an instance holds; `next` is the cursor of the next one, null after the last."""
+
+    items: list[InventoryItemReply]
+    next: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +169,7 @@ class MemberReply:
     incarnation: int
     ws: str
     http: str
-    transfer: str
+    transfer: str | None
     zone: str
     models: list[str]
     locations: dict[str, LocationReply]
@@ -104,14 +177,20 @@ class MemberReply:
 
 @dataclass(frozen=True, slots=True)
 class MembersReply:
-    """Every instance known to this node, by name."""
+    """Every instance known to the node of `instance`, by name: on a port that nodes share, that tells which one answered."""
 
     members: list[MemberReply]
+    instance: str
 
 
 @dataclass(frozen=True, slots=True)
 class EmptyReply:
     """All is well."""
+
+
+def call_id(call: str) -> str:
+    """An `event_id` for a call that begins no move: LMCache's clients expect one of each, and nobody can ask about it."""
+    return f"{call}~{secrets.token_hex(8)}"
 
 
 def event_reply(event: EventRecord) -> EventReply:
@@ -142,6 +221,11 @@ def event_reply(event: EventRecord) -> EventReply:
     )
 
 
+def inventory_item(entry: InventoryEntry) -> InventoryItemReply:
+    """A chunk as `/inventory` shows it."""
+    return InventoryItemReply(fingerprint=f"{entry.fingerprint:016x}", location=entry.location, tokens=entry.token_count)
+
+
 def member_reply(member: MemberRecord) -> MemberReply:
     """A member as `/members` shows it."""
     return MemberReply(
@@ -151,7 +235,7 @@ def member_reply(member: MemberRecord) -> MemberReply:
         incarnation=member.incarnation,
         ws=f"ws://{member.ws}",
         http=member.http,
-        transfer=member.transfer,
+        transfer=None if member.transfer is None else str(member.transfer),
         zone=member.zone,
         models=sorted({namespace.model for namespace in member.namespaces}),
         locations={
