@@ -5,11 +5,27 @@ a websocket's handshake, would stop a node. Here such a connection is closed, an
 don't get this far: they are answered with 500.
 """
 
+import socket
+
 import structlog
+from hypercorn.config import Config
 from hypercorn.trio import run, serve
 from hypercorn.trio.tcp_server import TCPServer
 
-__all__ = ["serve"]
+__all__ = ["config_for", "serve"]
+
+KEEP_ALIVE_S = 20.0
+"""A connection without a request, or with one whose headers don't end, is closed after this."""
+
+
+def config_for(listener: socket.socket) -> Config:
+    """Hypercorn's configuration to serve `listener`, which becomes the server's."""
+    config = Config()
+    config.bind = [f"fd://{listener.detach()}"]
+    config.accesslog = config.errorlog = None
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    return config
 
 
 class _ContainedServer(TCPServer):

@@ -70,6 +70,18 @@ class ChunkCounts:
     shared_kept: Count = 0
     failed: Count = 0
 
+    @property
+    def unsettled(self) -> int:
+        """Those of which nothing has become yet; at the end they are the failed ones."""
+        return self.found - self.moved - self.already_there - self.shared_kept
+
+
+def end_state(*, found: int, failed: int) -> EventState:
+    """How a move ends that has got as far as it can, when `failed` of the `found` chunks are where they were."""
+    if not failed:
+        return EventState.DONE
+    return EventState.FAILED if failed == found else EventState.PARTIAL
+
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:

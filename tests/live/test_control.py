@@ -1,6 +1,5 @@
 """`/control` and `open_client` between three real nodes: a holds a prompt, b takes it, c is asked."""
 
-import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection
+from trio_websocket import ConnectionClosed
 
 from p2pkv import NodeConfig, open_node
 from p2pkv.client import Client, open_client
@@ -19,6 +18,7 @@ from p2pkv.errors import NodeUnreachableError, UnknownLocationError, UnknownName
 from p2pkv.net.control import STALL_S
 from p2pkv.net.websockets import dial_websocket
 from p2pkv.node import Node
+from tests.net import controlled
 
 pytestmark = pytest.mark.live
 
@@ -41,24 +41,10 @@ class Trio:
             yield Control(websocket)
 
 
-class Control:
-    """One `/control` websocket."""
+class Control(controlled.Client):
+    """One `/control` websocket of a real node."""
 
-    def __init__(self, websocket: WebSocketConnection) -> None:
-        self.websocket = websocket
-
-    async def send(self, **fields: object) -> None:
-        await self.websocket.send_message(json.dumps(fields))
-
-    async def receive(self) -> dict[str, Any]:
-        with trio.fail_after(10):
-            message = json.loads(await self.websocket.get_message())
-        assert isinstance(message, dict)
-        return message
-
-    async def ask(self, **fields: object) -> dict[str, Any]:
-        await self.send(**fields)
-        return await self.receive()
+    receive_s = 10.0
 
     async def receive_until_final(self, event_id: str) -> list[dict[str, Any]]:
         """All pushes up to the end of an event."""

@@ -101,6 +101,8 @@ class Unused:
 class Client:
     """One `/control` websocket, seen from its client."""
 
+    receive_s = 30.0
+
     def __init__(self, websocket: WebSocketConnection) -> None:
         self.websocket = websocket
 
@@ -108,7 +110,7 @@ class Client:
         await self.websocket.send_message(json.dumps(fields))
 
     async def receive(self) -> dict[str, Any]:
-        with trio.fail_after(30):
+        with trio.fail_after(self.receive_s):
             message = json.loads(await self.websocket.get_message())
         assert isinstance(message, dict)
         return message

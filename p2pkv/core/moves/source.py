@@ -35,7 +35,7 @@ from p2pkv.core.moves.plan import Manifest, find_manifest, namespace_problem, un
 from p2pkv.core.moves.source_move import LaneGrant, SourceMove
 from p2pkv.core.moves.tables import SOURCE, SourceInput, SourceState
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
+from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation, end_state
 from p2pkv.core.residency import Outgoing
 from p2pkv.errors import ErrorCode, Failure
 
@@ -300,13 +300,10 @@ class SourceMoves:
         """End with what was achieved."""
         move.state = SOURCE[move.state][by]
         counts = move.record.chunks
-        failed_count = counts.found - counts.moved - counts.already_there - counts.shared_kept
-        if not failed_count:
-            self._end(move, EventState.DONE, None, now)
-            return
-        detail = f"{failed_count} of {counts.found} chunks are no longer where the plan found them, or in another move."
+        detail = f"{counts.unsettled} of {counts.found} chunks are no longer where the plan found them, or in another move."
         problem = move.problem or Failure(ErrorCode.TRANSFER_FAILED, detail)
-        self._end(move, EventState.FAILED if failed_count == counts.found else EventState.PARTIAL, problem, now)
+        state = end_state(found=counts.found, failed=counts.unsettled)
+        self._end(move, state, None if state is EventState.DONE else problem, now)
 
     def _end(self, move: SourceMove, state: EventState, error: Failure | None, now: float) -> None:
         self._handover.close_attempt(move)
@@ -317,11 +314,10 @@ class SourceMoves:
             if residency is not None:
                 residency.leases.pop(move.plan.event_id, None)
         counts = move.record.chunks
-        failed_count = counts.found - counts.moved - counts.already_there - counts.shared_kept
         record = replace(
             move.record,
             state=state,
-            chunks=replace(counts, failed=failed_count),
+            chunks=replace(counts, failed=counts.unsettled),
             finished_at=now + self._config.wall_offset_s,
             error=error,
         )

@@ -26,7 +26,7 @@ from p2pkv.core.moves.plan import unknown_location
 from p2pkv.core.moves.tables import TARGET, TargetInput, TargetState
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
+from p2pkv.core.records import ChunkCounts, EventRecord, Operation, end_state
 from p2pkv.core.residency import Incoming
 from p2pkv.errors import ErrorCode, Failure
 
@@ -168,15 +168,15 @@ class TargetMoves:
         """The lane has brought a batch, or failed to."""
         move = self._open[event.event_id]
         self._fetching.ended(move, event)
-        if move.state is TargetState.ENDED:
-            self._settle(move, now)
-        else:
-            self._fetch_on(move, now)
+        self._go_on(move, now)
 
     def route_refused(self, event: RouteRefused, now: float) -> None:
         """The lane couldn't be opened: try the next one."""
         move = self._open[event.event_id]
         self._fetching.refused(move, event)
+        self._go_on(move, now)
+
+    def _go_on(self, move: TargetMove, now: float) -> None:
         if move.state is TargetState.ENDED:
             self._settle(move, now)
         else:
@@ -289,7 +289,7 @@ class TargetMoves:
         error = Failure(ErrorCode.INSTANCE_UNREACHABLE, detail)
         record = EventRecord(
             event_id=move.event_id,
-            state=EventState.DONE if not failed else EventState.PARTIAL if moved + there else EventState.FAILED,
+            state=end_state(found=offer.chunk_count, failed=failed),
             old_position=offer.old_position,
             new_position=offer.new_position,
             operation=offer.operation,

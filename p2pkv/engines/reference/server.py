@@ -9,7 +9,6 @@ from pathlib import Path
 
 import trio
 import typer
-from hypercorn.config import Config
 
 from p2pkv.config import NodeConfig, is_loopback
 from p2pkv.core.ids import Address
@@ -20,10 +19,7 @@ from p2pkv.engines.reference.front import EngineFront, build_app
 from p2pkv.engines.reference.guard import DoorGuard
 from p2pkv.engines.reference.model import ReferenceModel, load_model, make_tiny_llama
 from p2pkv.errors import ConfigError, UnsupportedCacheError
-from p2pkv.http_server import serve
-
-KEEP_ALIVE_S = 20.0
-"""A connection without a request, or with one whose headers don't end, is closed after this."""
+from p2pkv.http_server import config_for, serve
 
 UNREAD_LIMIT_MS = 1000
 """A client that takes nothing of its answer for so long is cut off: Hypercorn waits for it even when it is cancelled."""
@@ -81,7 +77,7 @@ async def serve_front(front: EngineFront, listener: socket.socket, *, task_statu
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_LIMIT_MS)
     application = DoorGuard(build_app(front), {listener.getsockname()[1]})
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve, application, _server_config(listener))
+        await nursery.start(serve, application, config_for(listener))
         task_status.started()
 
 
@@ -107,13 +103,3 @@ def _set_up(config: Path | NodeConfig, model_directory: Path | None) -> tuple[Re
     except UnsupportedCacheError as error:
         return model, None, str(error)
     return model, EngineCache.attach(config, model=model.name, layout=layout, weights=model.weights), None
-
-
-def _server_config(listener: socket.socket) -> Config:
-    """Hypercorn's configuration; `listener` becomes the server's."""
-    config = Config()
-    config.bind = [f"fd://{listener.detach()}"]
-    config.accesslog = config.errorlog = None
-    config.include_server_header = False
-    config.keep_alive_timeout = KEEP_ALIVE_S
-    return config

@@ -3,18 +3,15 @@
 import socket
 
 import trio
-from hypercorn.config import Config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from p2pkv.errors import ErrorCode
-from p2pkv.http_server import serve
+from p2pkv.http_server import config_for, serve
 from p2pkv.net.access import UNAUTHORIZED, DoorGuard
 from p2pkv.net.driver import Driver
 from p2pkv.net.http.app import build_app
 from p2pkv.net.http.errors import error_reply
 
-KEEP_ALIVE_S = 20.0
-"""A connection without a request, or with one whose headers don't end, is closed after this."""
 MAX_HEADER_NBYTES = 16 * 1024
 UNREAD_LIMIT_MS = 1000
 """A client that takes nothing of its answer for so long is cut off: Hypercorn waits for it even when it is cancelled."""
@@ -74,11 +71,7 @@ async def serve_http(application: ASGIApp, listener: socket.socket, *, task_stat
         task_status: Told when requests are taken.
     """
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_LIMIT_MS)
-    config = Config()
-    config.bind = [f"fd://{listener.detach()}"]
-    config.accesslog = config.errorlog = None
-    config.include_server_header = False
-    config.keep_alive_timeout = KEEP_ALIVE_S
+    config = config_for(listener)
     config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEADER_NBYTES
     async with trio.open_nursery() as nursery:
         await nursery.start(serve, application, config)
