@@ -166,14 +166,21 @@ def token(
     typer.echo(json.dumps({"token": access}) if as_json else access)
 
 
-@app.command(epilog=_example("p2pkv demo"))
-def demo(*, as_json: AsJson = False) -> None:
+@app.command(epilog=_example("p2pkv demo", "p2pkv demo --vllm"))
+def demo(
+    *,
+    with_vllm: Annotated[
+        bool, typer.Option("--vllm", help="With two `vllm serve` in the place of the reference engine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """The whole walk-through: nodes, engines, moves by every way in, and what was seen."""
     import trio
 
-    from p2pkv.demo import run_demo
+    from p2pkv.demo import ReferenceWalkthrough, VllmWalkthrough, run_demo
 
-    raise typer.Exit(trio.run(partial(run_demo, as_json=as_json)))
+    walkthrough = VllmWalkthrough if with_vllm else ReferenceWalkthrough
+    raise typer.Exit(trio.run(partial(run_demo, walkthrough, as_json=as_json)))
 
 
 @app.command(

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ if "P2PKV_TEST_EXAMPLES" in os.environ:
     settings.load_profile("long")
 else:
     settings.load_profile("default")
+
+
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
+"""`./dev test --vllm` runs those, in an environment of their own."""
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ LONG_DOCSTRING = 'def f():\n    """One.\n' + "\n    More.\n" * tidy.FUNCTION_LIN
         (tidy.import_wall, "p2pkv/core/ids.py", "from p2pkv.config import NodeConfig"),
         (tidy.import_wall, "p2pkv/attic/old.py", ""),
         (tidy.confinement, "p2pkv/net/driver.py", "import msgpack"),
+        (tidy.confinement, "p2pkv/engines/cache.py", "from vllm.config import VllmConfig"),
         (tidy.confinement, "p2pkv/net/driver.py", "from msgpack import packb"),
         (tidy.confinement, "p2pkv/node.py", "import trio\ntrio.run(main)"),
         (tidy.confinement, "p2pkv/node.py", "from trio import run"),

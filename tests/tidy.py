@@ -114,12 +114,12 @@ def import_wall(source: Source) -> Iterator[Problem]:
             yield source.problem(node, advice)
 
 
-CONFINED = {"msgpack": ("p2pkv/wire/",), "trio.run": ("p2pkv/cli.py",)}
+CONFINED = {"msgpack": ("p2pkv/wire/",), "trio.run": ("p2pkv/cli.py",), "vllm": ("p2pkv/engines/vllm/",)}
 """Names of which p2pkv keeps all uses in one place."""
 
 
 def confinement(source: Source) -> Iterator[Problem]:
-    """Only wire/ knows msgpack; only the command line starts an event loop."""
+    """Only wire/ knows msgpack; only the command line starts an event loop; only the connector knows vLLM."""
     if not source.path.startswith("p2pkv/"):
         return
     attributes = ((node, ast.unparse(node)) for node in ast.walk(source.tree) if isinstance(node, ast.Attribute))
@@ -253,8 +253,8 @@ def _iterated(node: ast.AST) -> Iterator[ast.expr]:
 
 # --- no torch in the node -------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors")
-"""What the extra `engines` brings: a node starts without it."""
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "vllm")
+"""What the extra `engines` brings, and vLLM: a node starts without it."""
 
 
 def heavy_imports(sources: Iterable[Source], roots: Iterable[str]) -> Iterator[Problem]:
@@ -321,7 +321,7 @@ def _line_count(node: ast.stmt) -> int:
 # --- the top of the tree --------------------------------------------------------------------------------------------------
 
 FOLDERS = {"p2pkv", "topology", "sims", "tests", "docs"}
-FILES = {"pyproject.toml", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE", "dev"}
+FILES = {"pyproject.toml", "constraints.txt", "requirements-vllm.txt", "README.md", "CHANGELOG.md", "LICENSE", "dev"}
 
 
 def top_level(paths: Iterable[str]) -> Iterator[Problem]:

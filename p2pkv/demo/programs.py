@@ -6,24 +6,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
+
+import httpx2
 
 from p2pkv.errors import P2pkvError
-from p2pkv.rendezvous import living_cards
 
 READY_S = 90.0
 """A node is ready in 1.5 s, an engine when torch is loaded: 5 s, or a minute where everything starts from a cold disk."""
-END_S = 5.0
-"""A node leaves within 2 s."""
+END_S = 15.0
+"""A node leaves within 2 s, vLLM within 5."""
+PROBE_S = 5.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 15
-CLUSTER = "p2pkv"
-"""The default of `cluster`, which the demo's files don't name."""
+RUNTIME_VARIABLE = "P2PKV_RUNTIME_DIR"
+FOREIGN = ("P2PKV_", "LMCACHE_", "VLLM_")
+"""Settings of the user's that the demo's programs shouldn't have."""
 
 
 class ProgramError(P2pkvError):
@@ -32,7 +35,7 @@ class ProgramError(P2pkvError):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One running process of ours."""
+    """One running process of ours; those that it starts are in its process group."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -40,7 +43,7 @@ class Program:
 
 
 class Programs:
-    """Starts `p2pkv ...` processes; as a context manager it ends them all, and any node that an engine started again.
+    """Starts processes; as a context manager it ends them all, and the nodes that engines have started.
 
     Args:
         folder: For their logs.
@@ -59,18 +62,36 @@ class Programs:
         with _interrupts_put_off():
             self.end_all()
 
+    # --- start ---
+
     def start(self, name: str, arguments: Sequence[str]) -> Program:
-        """Start `p2pkv` with `arguments`, in a session of its own: Ctrl-C reaches it through us, in order."""
+        """Start `p2pkv` with `arguments`; `ready_line` waits for it."""
+        return self._start(name, [sys.executable, "-m", "p2pkv", *arguments], {}, subprocess.PIPE, cwd=None)
+
+    def start_server(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Program:
+        """Start another program, in the folder of the logs; `wait_until_healthy` waits for it.
+
+        Args:
+            name: What it is called here.
+            command: The program and its arguments.
+            environment: What it has in its environment besides ours.
+        """
+        return self._start(name, command, environment, None, cwd=self._folder)
+
+    def _start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], stdout: int | None, *, cwd: Path | None
+    ) -> Program:
+        """Start something in a session of its own: Ctrl-C reaches it through us, in order. Its log has what no pipe takes."""
         log = self._folder / f"{name}.log"
-        foreign = ("P2PKV_", "LMCACHE_")
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        with log.open("wb") as stderr, _interrupts_put_off():
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+        with log.open("ab") as written, _interrupts_put_off():
             process = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", "p2pkv", *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env={**environ, "P2PKV_RUNTIME_DIR": str(self._runtime)},
+                stdout=written if stdout is None else stdout,
+                stderr=written,
+                env={**inherited, **environment, RUNTIME_VARIABLE: str(self._runtime)},
+                cwd=cwd,
                 start_new_session=True,
             )
             program = Program(name, process, log)
@@ -91,29 +112,67 @@ class Programs:
             readable, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             data = os.read(pipe.fileno(), 4096) if readable else b""
             if not data:
-                what = "ended at its start" if readable else f"wasn't ready within {READY_S:g} s"
-                tail = program.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-                raise ProgramError("\n  ".join([f"{program.name} {what}:", *tail]))
+                _fail(program, READY_S, has_ended=bool(readable))
             line += data
         return line.decode(errors="replace").strip()
+
+    def wait_until_healthy(self, program: Program, url: str, within_s: float) -> None:
+        """Wait until what `program` serves at `url` is answered with 200.
+
+        Raises:
+            ProgramError: It ended instead, or took longer than `within_s`.
+        """
+        deadline = time.monotonic() + within_s
+        while not _is_healthy(url):
+            has_ended = program.process.poll() is not None
+            if has_ended or time.monotonic() >= deadline:
+                _fail(program, within_s, has_ended=has_ended)
+            time.sleep(POLL_S)
+
+    # --- end ---
+
+    def kill(self, program: Program) -> None:
+        """End `program`, with all that it has started but its node, as a crash would."""
+        os.killpg(program.process.pid, signal.SIGKILL)
+        self.end(program)
+
+    def end(self, program: Program) -> int:
+        """End `program`, by force after `END_S`; its exit code."""
+        code = _end(program.process)
+        self._running.remove(program)
+        return code
 
     def end_all(self) -> dict[str, int]:
         """End what runs still, the youngest first, by force after `END_S`; the exit codes, by name."""
         codes = {}
         while self._running:
             program = self._running[-1]
-            codes[program.name] = _end(program.process)
-            self._running.pop()
-        self._end_restarted_nodes()
+            codes[program.name] = self.end(program)
+        self.end_nodes_of_engines()
         return codes
 
-    def _end_restarted_nodes(self) -> None:
+    def end_nodes_of_engines(self) -> bool:
+        """End the nodes that our engines have started, and that outlive them; whether no force was needed."""
         deadline = time.monotonic() + END_S
-        for card in living_cards(self._runtime, CLUSTER):
-            with suppress(ProcessLookupError):
-                os.kill(card.pid, signal.SIGTERM)
-        while living_cards(self._runtime, CLUSTER) and time.monotonic() < deadline:
+        for pid in self._others():
+            _signal(pid, signal.SIGTERM)
+        while self._others() and time.monotonic() < deadline:
             time.sleep(POLL_S)
+        stubborn = self._others()
+        for pid in stubborn:
+            _signal(pid, signal.SIGKILL)
+        return not stubborn
+
+    def _others(self) -> list[int]:
+        """Processes that have our runtime directory from one of ours, and that aren't in our list."""
+        ours = {os.getpid(), *(program.process.pid for program in self._running)}
+        variable = f"{RUNTIME_VARIABLE}={self._runtime}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended, or is another user's
+                if variable in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+        return [pid for pid in found if pid not in ours]
 
 
 @contextmanager
@@ -132,6 +191,19 @@ def _interrupts_put_off() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
+def _fail(program: Program, within_s: float, *, has_ended: bool) -> NoReturn:
+    what = "ended at its start" if has_ended else f"wasn't ready within {within_s:g} s"
+    tail = program.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    raise ProgramError("\n  ".join([f"{program.name} {what}:", *tail]))
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx2.get(url, timeout=PROBE_S, trust_env=False).status_code == 200
+    except httpx2.TransportError:  # it isn't listening yet
+        return False
+
+
 def _end(process: subprocess.Popen[bytes]) -> int:
     process.terminate()
     try:
@@ -140,5 +212,12 @@ def _end(process: subprocess.Popen[bytes]) -> int:
         process.kill()
         return process.wait(END_S)
     finally:
+        with suppress(ProcessLookupError):  # as it should be: what it has started ended with it
+            os.killpg(process.pid, signal.SIGKILL)
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

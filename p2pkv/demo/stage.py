@@ -77,6 +77,17 @@ class Stage:
         self.type(f"curl {url}")
         return self._answered(_call("GET", url))
 
+    def grep(self, url: str, start: str) -> list[str]:
+        """Get a text; those of its lines that begin with `start`."""
+        self.type(f"curl -s {url} | grep ^{start}")
+        try:
+            reply = httpx2.get(url, timeout=CALL_S, trust_env=False)
+        except httpx2.TransportError as error:
+            raise P2pkvError(f"nothing answers at {url}: {error}") from error
+        lines = [line for line in reply.text.splitlines() if line.startswith(start)]
+        self.show("\n".join(lines))
+        return lines
+
     def post_until(
         self, url: str, body: Mapping[str, object], is_there: Callable[[dict[str, Any]], bool], *, within_s: float
     ) -> dict[str, Any]:

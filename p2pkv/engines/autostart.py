@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from p2pkv.engines.connection import EngineConnection
+from p2pkv.engines.connection import REPLY_S, EngineConnection
 from p2pkv.errors import NodeUnreachableError
 from p2pkv.rendezvous import Place, is_living
 
@@ -18,7 +18,7 @@ START_S = 30.0
 _POLL_S = 0.05
 
 
-def connect_or_start(place: Place, config: Path) -> EngineConnection:
+def connect_or_start(place: Place, config: Path, reply_s: float = REPLY_S) -> EngineConnection:
     """Connect to the node of `place`; if none runs, start one from `config`, which outlives this process.
 
     Several processes that do so at once start one node.
@@ -27,12 +27,12 @@ def connect_or_start(place: Place, config: Path) -> EngineConnection:
         NodeUnreachableError: It ended at its start, or wasn't ready within `START_S`. Its log says why.
     """
     deadline = time.monotonic() + START_S
-    connection = _try_connect(place)
+    connection = _try_connect(place, reply_s)
     if connection is not None:
         return connection
     with _sole_starter(place, deadline):
         child = None
-        while (connection := _try_connect(place)) is None:
+        while (connection := _try_connect(place, reply_s)) is None:
             if not is_living(place):
                 if child is None:
                     child = _start(place, config)
@@ -42,9 +42,9 @@ def connect_or_start(place: Place, config: Path) -> EngineConnection:
     return connection
 
 
-def _try_connect(place: Place) -> EngineConnection | None:
+def _try_connect(place: Place, reply_s: float) -> EngineConnection | None:
     try:
-        return EngineConnection.open(place.engine_socket)
+        return EngineConnection.open(place.engine_socket, reply_s)
     except NodeUnreachableError:
         return None
 

@@ -1,7 +1,9 @@
 """What an engine uses: its instance's chunks as tensors, through the node's unix socket."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Self
 import torch
 
 from p2pkv.config import NodeConfig
-from p2pkv.core.keys import MAX_TOKENS, Identity, Media, TokenBytes, pack_tokens
+from p2pkv.core.keys import MAX_TOKENS, Identity, Media, Namespace, TokenBytes, pack_tokens
 from p2pkv.engines.autostart import connect_or_start
-from p2pkv.engines.connection import EngineConnection
-from p2pkv.engines.layout import KVLayout, read_shard, write_shard
+from p2pkv.engines.connection import REPLY_S, EngineConnection
+from p2pkv.engines.layout import KVLayout, open_shard, write_shard
 from p2pkv.errors import (
     ErrorCode,
     Failure,
@@ -42,7 +44,12 @@ from p2pkv.wire.engine import (
 )
 
 Tokens = Sequence[int] | torch.Tensor
-"""A prompt's token ids from its beginning: a sequence of integers, or a 1-dimensional integer tensor."""
+"""A prompt's token ids from its beginning: a sequence of integers (an `array("i")` is the quickest), or a 1-dimensional integer
+tensor."""
+
+Take = Callable[[int, torch.Tensor], None]
+"""Gets a prompt's KV piece by piece: the position of the piece's first token, and `[layers, planes, tokens, kv_heads of this
+worker, head_dim]`, which is the node's memory and gone when the call returns."""
 
 
 class EngineCache:
@@ -60,6 +67,7 @@ class EngineCache:
         self._process = os.getpid()
         self._lock = Lock()
         self._connection: EngineConnection | None = None
+        self._namespace: Namespace | None = None
         self._is_closed = False
 
     @classmethod
@@ -73,6 +81,7 @@ class EngineCache:
         worker_id: int = 0,
         weights: str | None = None,
         autostart: bool = True,
+        reply_s: float = REPLY_S,
     ) -> Self:
         """Attach a worker of an engine to its instance's node.
 
@@ -84,6 +93,7 @@ class EngineCache:
             worker_id: Which of them this is, from 0.
             weights: Digest of the weights; None to take the instance's `cache_epoch` for it.
             autostart: Start the node if none runs. It outlives this process.
+            reply_s: How long a call waits for each of the node's replies, in seconds.
 
         Raises:
             ConfigError: The configuration has problems.
@@ -93,9 +103,9 @@ class EngineCache:
         node = config if isinstance(config, NodeConfig) else NodeConfig.from_yaml(Path(config))
         place = place_of(runtime_directory(os.environ), node.cluster, node.lmcache_instance_id)
         if autostart and not isinstance(config, NodeConfig):
-            connect = partial(connect_or_start, place, Path(config).absolute())
+            connect = partial(connect_or_start, place, Path(config).absolute(), reply_s)
         else:
-            connect = partial(EngineConnection.open, place.engine_socket)
+            connect = partial(EngineConnection.open, place.engine_socket, reply_s)
         attach = Attach(
             version=ENGINE_PROTOCOL_VERSION,
             model=model,
@@ -112,37 +122,48 @@ class EngineCache:
         cache._attached()
         return cache
 
+    @property
+    def namespace(self) -> Namespace:
+        """What this engine's chunks are kept under, with what the node added to it at the last attach."""
+        assert self._namespace is not None, "`attach` hasn't returned yet"
+        return self._namespace
+
     def lookup(self, tokens: Tokens, identity: Identity | None = None) -> int:
         """How many tokens of the prompt are held here, from its beginning; it need not end where a chunk does."""
         request = LookupRequest(_complete(identity), _packed(tokens))
         return self._attached().ask(request, LookupReply).num_tokens
 
-    def store(self, tokens: Tokens, kv: torch.Tensor, identity: Identity | None = None) -> int:
+    def store(self, tokens: Tokens, kv: torch.Tensor, identity: Identity | None = None, *, start: int = 0) -> int:
         """Keep a prompt's KV cache; what is held already isn't copied again.
 
         Args:
             tokens: The prompt.
-            kv: `[layers, planes, len(tokens), kv_heads of this worker, head_dim]` in the layout's dtype, any strides, any
-                device. Only read, and the caller's again on return.
+            kv: Of its tokens from `start` on: `[layers, planes, len(tokens) - start, kv_heads of this worker, head_dim]` in
+                the layout's dtype, any strides, any device. Only read, and the caller's again on return.
             identity: What this request adds to the namespace.
+            start: First token to keep, where a chunk begins. The chunks before it should be held: without them nobody finds
+                these.
 
         Returns:
             How many tokens of the prompt are held now. Fewer than all when there was no room for the rest; when other workers'
             shards are missing still, those tokens don't count yet.
 
         Raises:
-            InvalidRequestError: `kv` doesn't fit the tokens or the layout.
+            InvalidRequestError: `kv` doesn't fit the tokens or the layout, or no chunk begins at `start`.
             StoreFullError: There is no room, and nothing of the prompt is held.
         """
         packed, complete = _packed(tokens), _complete(identity)
         token_count = len(tokens)
-        self._layout.check(kv, token_count)
+        self._layout.check(kv, token_count - start)
         connection = self._attached()
-        held, next_token = 0, 0
+        if start % self.namespace.chunk_size:
+            raise _invalid(f"no chunk begins at token {start}, with {self.namespace.chunk_size} tokens in each")
+        held, next_token = 0, start
         while next_token < token_count:
             with connection.exchange(StoreRequest(complete, packed, next_token), Lent) as (lent, descriptors):
                 for shard, descriptor in zip(lent.shards, descriptors, strict=True):
-                    write_shard(descriptor, kv[:, :, shard.start : shard.start + shard.token_count])
+                    first = shard.start - start
+                    write_shard(descriptor, kv[:, :, first : first + shard.token_count])
             held, failure = lent.held_tokens, lent.failure
             if lent.shards:
                 stored = connection.ask(Commit(lent.lease), Stored)
@@ -165,24 +186,64 @@ class EngineCache:
             How many tokens, and their KV: a fresh tensor on the CPU, the caller's, `[layers, planes, that many, kv_heads of
             this worker, head_dim]`. `(0, None)` when nothing is held.
         """
-        packed, complete = _packed(tokens), _complete(identity)
-        connection = self._attached()
         kv: torch.Tensor | None = None
         done = 0
+        with closing(self._pieces(tokens, identity, 0)) as pieces:
+            for total, first, piece in pieces:
+                if kv is None:
+                    kv = torch.empty(self._layout.shape(total), dtype=self._layout.torch_dtype)
+                done = min(first + piece.shape[2], kv.shape[2])
+                kv[:, :, first:done].copy_(piece[:, :, : done - first])
+                if done == kv.shape[2]:  # more may be held by now
+                    break
+        return (done, kv[:, :, :done]) if kv is not None else (0, None)
+
+    def retrieve_into(self, tokens: Tokens, take: Take, identity: Identity | None = None, *, start: int = 0) -> int:
+        """Read the prompt's KV from token `start` on, as far as it is held here, without a copy in between.
+
+        Args:
+            tokens: The prompt.
+            take: Called with each piece, in order. What it raises ends the reading.
+            identity: What this request adds to the namespace.
+            start: First token that is wanted.
+
+        Returns:
+            Up to which token it was taken; at most `start` when nothing from there on is held.
+        """
+        done = start
+        with closing(self._pieces(tokens, identity, start)) as pieces:
+            for _, first, piece in pieces:
+                skipped = max(start - first, 0)
+                if skipped < piece.shape[2]:
+                    take(first + skipped, piece[:, :, skipped:])
+                    done = first + piece.shape[2]
+        return done
+
+    def _pieces(
+        self, tokens: Tokens, identity: Identity | None, start: int
+    ) -> Generator[tuple[int, int, torch.Tensor], None, None]:
+        """What is held, from the chunk of token `start` on: tokens held in all, position of the piece, piece.
+
+        A piece is the node's memory, valid until the next one is asked for.
+        """
+        packed, complete = _packed(tokens), _complete(identity)
+        connection = self._attached()
+        done = start - start % self.namespace.chunk_size
         while True:
             with connection.exchange(RetrieveRequest(complete, packed, done), Retrieved) as (retrieved, descriptors):
-                if kv is None:
-                    kv = torch.empty(self._layout.shape(retrieved.num_tokens), dtype=self._layout.torch_dtype)
-                for shard, descriptor in zip(retrieved.shards, descriptors, strict=True):
-                    end = min(shard.start + shard.used_count, kv.shape[2])
-                    if shard.start != done:
-                        raise RemoteProtocolError(f"the node sent tokens from {shard.start} on, where {done} was next")
-                    read_shard(descriptor, self._layout, shard.token_count, kv[:, :, done:end])
-                    done = end
-            if retrieved.lease:
-                connection.tell(ReadDone(retrieved.lease))
-            if done == kv.shape[2] or not retrieved.shards:  # no shards: the rest was evicted meanwhile
-                return done, kv[:, :, :done] if done else None
+                try:
+                    for shard, descriptor in zip(retrieved.shards, descriptors, strict=True):
+                        if shard.start != done:
+                            raise RemoteProtocolError(f"the node sent tokens from {shard.start} on, where {done} was next")
+                        with open_shard(descriptor, self._layout, shard.token_count) as kv:
+                            yield retrieved.num_tokens, shard.start, kv[:, :, : shard.used_count]
+                        done += shard.used_count
+                finally:
+                    if retrieved.lease:
+                        with suppress(NodeUnreachableError):  # then the lease ends with the connection
+                            connection.tell(ReadDone(retrieved.lease))
+            if done >= retrieved.num_tokens or not retrieved.shards:  # no shards: the rest was evicted meanwhile
+                return
 
     def close(self) -> None:
         """Detach; what was stored stays. A call that another thread is in ends with `NodeUnreachableError`."""
@@ -209,7 +270,7 @@ class EngineCache:
             if self._connection is None or self._connection.is_closed:
                 connection = self._connect()
                 try:
-                    connection.ask(self._attach, Attached)
+                    self._namespace = connection.ask(self._attach, Attached).namespace
                 except P2pkvError:
                     connection.close()
                     raise
@@ -229,7 +290,9 @@ def _packed(tokens: Tokens) -> TokenBytes:
     try:
         if len(tokens) > MAX_TOKENS:
             raise _invalid(f"{len(tokens)} tokens are more than {MAX_TOKENS}")
-        return pack_tokens(tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens))  # bytes would be taken raw
+        if isinstance(tokens, torch.Tensor):
+            return pack_tokens(tokens.tolist())
+        return pack_tokens(tokens if isinstance(tokens, array) else list(tokens))  # bytes would be taken raw
     except (TypeError, ValueError) as error:
         raise _invalid(f"these tokens are no prompt: {error}") from error
 

@@ -27,14 +27,14 @@ class EngineConnection:
         self._lock = Lock()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Connect to the node whose engine socket is at `path`.
+    def open(cls, path: Path, reply_s: float = REPLY_S) -> Self:
+        """Connect to the node whose engine socket is at `path`, and wait at most `reply_s` seconds for each of its replies.
 
         Raises:
             NodeUnreachableError: None listens there.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(REPLY_S)
+        connection.settimeout(reply_s)
         try:
             connection.connect(os.fspath(path))
         except OSError as error:
@@ -70,7 +70,7 @@ class EngineConnection:
 
         Raises:
             FailureError: The node refused the request; which kind says why.
-            NodeUnreachableError: The connection is lost, or no reply came within `REPLY_S`.
+            NodeUnreachableError: The connection is lost, or no reply came in time.
             RemoteProtocolError: The reply makes no sense. The connection is closed.
         """
         reply, frame = self._exchange(request, kind)

@@ -4,6 +4,8 @@ A shard's payload is one worker's part of a chunk: `[layers, planes, tokens, kv_
 """
 
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,20 +72,19 @@ def write_shard(descriptor: int, kv: torch.Tensor) -> None:
         _tensor(memory, tuple(kv.shape), kv.dtype).copy_(kv)
 
 
-def read_shard(descriptor: int, layout: KVLayout, token_count: int, target: torch.Tensor) -> None:
-    """Copy a shard's first tokens out.
+@contextmanager
+def open_shard(descriptor: int, layout: KVLayout, token_count: int) -> Iterator[torch.Tensor]:
+    """A shard as a tensor, only to be read, and only within the context.
 
     Args:
         descriptor: Of sealed memory; stays the caller's.
         layout: Of the worker's part.
         token_count: Tokens in the shard.
-        target: `[layers, planes, tokens, kv_heads, head_dim]` with at most `token_count` tokens; it is overwritten.
     """
     shape, dtype = layout.shape(token_count), layout.torch_dtype
-    nbytes = target.element_size() * torch.Size(shape).numel()
     # A private map, because torch warns of read-only buffers; a write to it would reach nobody's memory but our own.
-    with mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY) as memory:
-        target.copy_(_tensor(memory, shape, dtype)[:, :, : target.shape[2]])
+    with mmap.mmap(descriptor, dtype.itemsize * torch.Size(shape).numel(), access=mmap.ACCESS_COPY) as memory:
+        yield _tensor(memory, shape, dtype)
 
 
 def _tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

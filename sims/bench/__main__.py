@@ -2,6 +2,8 @@
 
 import argparse
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from sims.bench.report import print_rows
 
@@ -11,6 +13,7 @@ BENCHES = {
     "lookup": "lookups of 512 and of 131,072 tokens, and how long they stall the node",
     "node": "time until a node is ready, and its idle memory",
     "small": "moves of 12 tokens over HTTP and over the websocket",
+    "vllm": "real vLLM on the CPU, in .venv-vllm: overhead, time to first token after a move, a trace",
 }
 
 
@@ -22,9 +25,12 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object a benchmark")
+    parser.add_argument("--only", choices=("overhead", "ttft", "replay"), help="of vllm: measure this and nothing else")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="of vllm: conversation_trace.jsonl, which is replayed")
     arguments = parser.parse_args()
     for name in arguments.names:
-        print_rows(name, import_module(f"sims.bench.{name}").run(), as_json=arguments.json)
+        options: dict[str, Any] = {"only": arguments.only, "trace": arguments.trace} if name == "vllm" else {}
+        print_rows(name, import_module(f"sims.bench.{name}").run(**options), as_json=arguments.json)
 
 
 if __name__ == "__main__":

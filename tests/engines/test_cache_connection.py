@@ -153,6 +153,20 @@ def test_a_reply_cut_off_in_its_middle_is_a_lost_connection(tmp_path: Path) -> N
         cache.lookup([1])
 
 
+def test_a_silent_node_is_given_up_after_the_time_that_the_engine_gives_it(tmp_path: Path) -> None:
+    is_over = Event()
+
+    def say_nothing(connection: socket.socket) -> None:
+        is_over.wait(5)
+
+    with node(tmp_path, say_nothing):
+        connection = EngineConnection.open(tmp_path / "s", reply_s=0.1)
+        with pytest.raises(NodeUnreachableError, match="timed out"):
+            connection.ask(ATTACH, Attached)
+        assert connection.is_closed
+        is_over.set()
+
+
 def test_closing_wakes_a_call_that_waits_for_a_silent_node(tmp_path: Path) -> None:
     is_asked, is_over = Event(), Event()
 

@@ -6,7 +6,7 @@ import torch
 
 from p2pkv.core.keys import DTYPE_NBYTES, Namespace
 from p2pkv.engines import KVLayout
-from p2pkv.engines.layout import read_shard, write_shard
+from p2pkv.engines.layout import open_shard, write_shard
 from p2pkv.errors import InvalidRequestError
 from p2pkv.store import memory
 
@@ -30,9 +30,8 @@ def test_a_shard_gives_back_every_bit_of_every_dtype(dtype: str) -> None:
     descriptor = memory.create(kv.nbytes)
     write_shard(descriptor, kv)
     memory.seal(descriptor)
-    got = torch.empty_like(kv)
-    read_shard(descriptor, part, 5, got)
-    assert raw(got) == raw(kv)
+    with open_shard(descriptor, part, 5) as got:
+        assert raw(got) == raw(kv)
     assert os.pread(descriptor, kv.nbytes, 0) == raw(kv)
     os.close(descriptor)
 
@@ -43,22 +42,8 @@ def test_strided_kv_is_stored_in_order() -> None:
     descriptor = memory.create(by_head.nbytes)
     write_shard(descriptor, by_head)
     assert os.pread(descriptor, by_head.nbytes, 0) == raw(by_head)
-    got = torch.empty(part.shape(7))
-    read_shard(descriptor, part, 7, got)
-    assert torch.equal(got, by_head)
-    os.close(descriptor)
-
-
-def test_the_first_tokens_of_a_shard_can_be_read_alone() -> None:
-    part = layout()
-    kv = random_kv(part, 9)
-    descriptor = memory.create(kv.nbytes)
-    write_shard(descriptor, kv)
-    target = torch.zeros(part.shape(20))
-    read_shard(descriptor, part, 9, target[:, :, 10:14])
-    assert torch.equal(target[:, :, 10:14], kv[:, :, :4])
-    assert not target[:, :, :10].any()
-    assert not target[:, :, 14:].any()
+    with open_shard(descriptor, part, 7) as got:
+        assert torch.equal(got, by_head)
     os.close(descriptor)
 
 

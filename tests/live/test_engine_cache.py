@@ -152,6 +152,56 @@ def test_tokens_may_be_any_sequence_of_integers_and_kv_may_have_any_strides(cach
         assert torch.equal(got, by_head)
 
 
+@pytest.mark.parametrize(("start", "asked"), [(0, 11), (1, 11), (4, 11), (7, 9), (10, 11), (11, 11)])
+def test_a_prompt_is_read_from_any_token_on_without_a_copy(cache: EngineCache, start: int, asked: int) -> None:
+    tokens = list(range(11))
+    kv = kv_of(tokens)
+    cache.store(tokens, kv)
+    got = torch.zeros_like(kv)
+
+    def take(first: int, piece: torch.Tensor) -> None:
+        got[:, :, first : first + piece.shape[2]] = piece
+
+    assert cache.retrieve_into([*tokens[:asked], 99], take, start=start) == asked
+    assert torch.equal(got[:, :, start:asked], kv[:, :, start:asked])
+    assert not got[:, :, :start].any()
+    assert not got[:, :, asked:].any()
+
+
+def test_reading_from_where_nothing_is_held_takes_nothing(cache: EngineCache) -> None:
+    cache.store([0, 1], kv_of([0, 1]))
+    taken: list[int] = []
+    for start in (1, 2, 3, 6):
+        assert cache.retrieve_into([0, 99, 2, 3, 4, 5, 6], lambda first, _: taken.append(first), start=start) == start
+    assert not taken
+
+
+def test_a_reader_that_gives_up_ends_its_lease(config: Path) -> None:
+    tokens = list(range(3 * CHUNK))
+    with EngineCache.attach(config, model="giving up", layout=LARGE) as cache:
+        cache.store(tokens, kv_of(tokens, LARGE))
+
+        def refuse(first: int, piece: torch.Tensor) -> None:
+            raise TimeoutError
+
+        with pytest.raises(TimeoutError):
+            cache.retrieve_into(tokens, refuse)
+        others = [token + 100 for token in tokens]
+        assert cache.store(others, kv_of(others, LARGE)) == len(others)  # there is no room for both
+
+
+def test_a_prompt_can_be_stored_from_a_chunk_on(cache: EngineCache) -> None:
+    tokens = list(range(11))
+    kv = kv_of(tokens)
+    assert cache.store(tokens[:CHUNK], kv[:, :, :CHUNK]) == CHUNK
+    assert cache.store(tokens, kv[:, :, CHUNK:], start=CHUNK) == 11
+    _, got = cache.retrieve(tokens)
+    assert got is not None
+    assert torch.equal(got, kv)
+    with pytest.raises(InvalidRequestError, match="no chunk begins at token 3"):
+        cache.store(tokens, kv[:, :, 3:], start=3)
+
+
 def test_an_empty_prompt_holds_nothing(cache: EngineCache) -> None:
     assert cache.store([], kv_of([])) == 0
     assert cache.lookup([]) == 0
