@@ -96,7 +96,7 @@ def test_a_p2pkv_command_exists_with_its_options(command: Command) -> None:
 
 @pytest.mark.parametrize("command", commands_of("./dev"), ids=str)
 def test_a_dev_command_exists(command: Command) -> None:
-    listed = re.findall(r"^  ([a-z]+) ", output_of(str(ROOT / "dev"), "--help"), re.MULTILINE)
+    listed = re.findall(r"^  ([a-z-]+) ", output_of(str(ROOT / "dev"), "--help"), re.MULTILINE)
     assert set(command.arguments[:1]) <= set(listed)
 
 

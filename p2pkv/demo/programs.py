@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,9 @@ READY_S = 90.0
 END_S = 15.0
 """A node leaves within 2 s, vLLM within 5."""
 PROBE_S = 5.0
+REST_S = 2.0
+"""Python's resource tracker, which outlives the processes that it cleans up after, needs 0.1 s."""
+RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
 POLL_S = 0.05
 LOG_TAIL_LINES = 15
 RUNTIME_VARIABLE = "P2PKV_RUNTIME_DIR"
@@ -131,9 +134,10 @@ class Programs:
 
     # --- end ---
 
-    def kill(self, program: Program) -> None:
-        """End `program`, with all that it has started but its node, as a crash would."""
-        os.killpg(program.process.pid, signal.SIGKILL)
+    def kill(self, program: Program, pids: Iterable[int]) -> None:
+        """End `program` and all its `pids` at once, as a crash would."""
+        for pid in pids:
+            _signal(pid, signal.SIGKILL)
         self.end(program)
 
     def end(self, program: Program) -> int:
@@ -153,12 +157,9 @@ class Programs:
 
     def end_nodes_of_engines(self) -> bool:
         """End the nodes that our engines have started, and that outlive them; whether no force was needed."""
-        deadline = time.monotonic() + END_S
         for pid in self._others():
             _signal(pid, signal.SIGTERM)
-        while self._others() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        stubborn = self._others()
+        stubborn = _wait_for_end(self._others, END_S)
         for pid in stubborn:
             _signal(pid, signal.SIGKILL)
         return not stubborn
@@ -167,12 +168,7 @@ class Programs:
         """Processes that have our runtime directory from one of ours, and that aren't in our list."""
         ours = {os.getpid(), *(program.process.pid for program in self._running)}
         variable = f"{RUNTIME_VARIABLE}={self._runtime}".encode()
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has just ended, or is another user's
-                if variable in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
-        return [pid for pid in found if pid not in ours]
+        return [pid for pid in _processes() if pid not in ours and variable in _read(pid, "environ").split(b"\0")]
 
 
 @contextmanager
@@ -204,6 +200,14 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
+def pids_of(program: Program) -> list[int]:
+    """`program` and all that it has started, but its node, which is in a session of its own, and Python's resource tracker.
+
+    That one, when the others have been killed, removes the shared memory that they would leave behind.
+    """
+    return [pid for pid in _group(program.process) if RESOURCE_TRACKER not in _read(pid, "cmdline")]
+
+
 def _end(process: subprocess.Popen[bytes]) -> int:
     process.terminate()
     try:
@@ -212,10 +216,40 @@ def _end(process: subprocess.Popen[bytes]) -> int:
         process.kill()
         return process.wait(END_S)
     finally:
-        with suppress(ProcessLookupError):  # as it should be: what it has started ended with it
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in _wait_for_end(lambda: _group(process), REST_S):
+            _signal(pid, signal.SIGKILL)
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _wait_for_end(running: Callable[[], list[int]], within_s: float) -> list[int]:
+    """Wait until none is running; those that are after `within_s`."""
+    deadline = time.monotonic() + within_s
+    while (pids := running()) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return pids
+
+
+def _processes() -> list[int]:
+    return [int(process.name) for process in Path("/proc").glob("[0-9]*")]
+
+
+def _group(process: subprocess.Popen[bytes]) -> list[int]:
+    """What runs in the process group of `process`."""
+    found = []
+    for pid in _processes():
+        state, _, group = (_read(pid, "stat").rpartition(b")")[2].split() or [b"Z", b"", b""])[:3]
+        if state != b"Z" and int(group) == process.pid:
+            found.append(pid)
+    return found
+
+
+def _read(pid: int, what: str) -> bytes:
+    """A file of a process; empty if it has ended, or is another user's."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes()
+    except OSError:
+        return b""
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

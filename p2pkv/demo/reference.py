@@ -5,10 +5,7 @@ from pathlib import Path
 
 from p2pkv.demo.programs import Programs
 from p2pkv.demo.setting import INSTANCES, TCP_INSTANCE, tcp_instance_yaml
-from p2pkv.demo.walkthrough import MODEL, Answer, Walkthrough
-
-JOIN_S = 10.0
-"""Nodes of one host meet within a second of a start, on an idle machine."""
+from p2pkv.demo.walkthrough import JOIN_S, MODEL, Answer, Walkthrough
 
 
 class ReferenceWalkthrough(Walkthrough):
@@ -68,7 +65,7 @@ class ReferenceWalkthrough(Walkthrough):
         self._stage.say("Move it back over instance 1's websocket, and watch")
         door = f"ws://localhost:{self._ports.workers[0]}/control"
         event = await self._stage.converse(door, self._order(self._prompt, *reversed(INSTANCES)))
-        self._check_event("moved back over the websocket", event, "handoff")
+        self._check_event("the prompt is moved back over the websocket", event, "handoff")
         self._check_holder(INSTANCES[0], self._prompt)
         self._stage.say("Engine 1 has it again")
         self._check_loaded(0, self._prompt)
@@ -80,7 +77,7 @@ class ReferenceWalkthrough(Walkthrough):
             order = self._order(self._prompt, old, new)
             moved = self._stage.post_until(f"{self._nodes}/move", order, lambda body: "event_id" in body, within_s=JOIN_S)
             event = self._stage.get(f"{self._nodes}/events/{moved['event_id']}")
-            self._check_event(f"moved from {old} to {new}", event, "tcp")
+            self._check_event(f"the prompt is moved from {old} to {new}", event, "tcp")
         self._check_holder(INSTANCES[1], self._prompt)
         self._stage.say("Engine 2 answers from what has come over TCP")
         self._check_loaded(1, self._prompt)

@@ -15,7 +15,7 @@ from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection
 
 from p2pkv.commands.client import NodeClient, Reply
 from p2pkv.core.records import EventState
-from p2pkv.errors import P2pkvError
+from p2pkv.errors import NodeUnreachableError, P2pkvError
 
 CALL_S = 30.0
 POLL_S = 0.05
@@ -92,10 +92,14 @@ class Stage:
         self, url: str, body: Mapping[str, object], is_there: Callable[[dict[str, Any]], bool], *, within_s: float
     ) -> dict[str, Any]:
         """Make a POST call again and again until `is_there`, or should have been; the last answer is shown."""
-        deadline = time.monotonic() + within_s
-        while not is_there((reply := _call("POST", url, body)).body) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+        reply = _call_until(lambda: _call("POST", url, body), is_there, within_s)
         self.type(_curl(url, body))
+        return self._answered(reply)
+
+    def get_until(self, url: str, is_there: Callable[[dict[str, Any]], bool], *, within_s: float) -> dict[str, Any]:
+        """As `post_until`, for a GET call."""
+        reply = _call_until(lambda: _call("GET", url), is_there, within_s)
+        self.type(f"curl {url}")
         return self._answered(reply)
 
     async def converse(self, url: str, move: Mapping[str, object]) -> dict[str, Any]:
@@ -140,6 +144,22 @@ class Stage:
 def _call(method: str, url: str, body: Mapping[str, object] | None = None) -> Reply:
     with httpx2.Client(timeout=CALL_S, trust_env=False) as http:
         return NodeClient(http).call(method, url, body)
+
+
+def _call_until(call: Callable[[], Reply], is_there: Callable[[dict[str, Any]], bool], within_s: float) -> Reply:
+    """The answer with which it is there, or the last; a node that doesn't answer yet may do so next time."""
+    deadline = time.monotonic() + within_s
+    while True:
+        is_last = time.monotonic() >= deadline
+        try:
+            reply = call()
+        except NodeUnreachableError:
+            if is_last:
+                raise
+        else:
+            if is_last or is_there(reply.body):
+                return reply
+        time.sleep(POLL_S)
 
 
 def _curl(url: str, body: Mapping[str, object]) -> str:

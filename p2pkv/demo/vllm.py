@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from p2pkv.core.records import MemberState
-from p2pkv.demo.programs import Program, Programs
+from p2pkv.demo.programs import Program, Programs, pids_of
 from p2pkv.demo.setting import INSTANCES
 from p2pkv.demo.stage import Stage
-from p2pkv.demo.walkthrough import MODEL, Answer, Prompt, Walkthrough
+from p2pkv.demo.walkthrough import JOIN_S, MODEL, Answer, Prompt, Walkthrough
 from p2pkv.errors import P2pkvError
 
 VLLM = Path(sys.executable).with_name("vllm")
@@ -39,16 +40,23 @@ SOURCES = "vllm:prompt_tokens_by_source_total"
 
 
 class VllmWalkthrough(Walkthrough):
-    """Engines are vLLM's, with `P2PKVConnector`; each starts its node."""
+    """Engines are vLLM's, with `P2PKVConnector`; each starts its node.
+
+    Raises:
+        P2pkvError: vLLM isn't installed beside this Python.
+    """
 
     def __init__(self, stage: Stage, folder: Path) -> None:
+        if not VLLM.exists():
+            raise P2pkvError(f"{VLLM} doesn't exist; ./dev demo --vllm makes an environment that has vLLM")
         super().__init__(stage, folder)
-        self._other_prompt = Prompt("What does an engine do with a KV cache that another one has computed?")
+        self._other_prompt = Prompt(
+            "the second prompt", "What does an engine do with a KV cache that another one has computed?"
+        )
+        self._environment = {**ENVIRONMENT, "TMPDIR": str(folder)}
         self._counts: list[dict[str, int]] = [{}, {}]
 
     async def _play(self, programs: Programs, configs: tuple[Path, Path]) -> None:
-        if not VLLM.exists():
-            raise P2pkvError(f"{VLLM} doesn't exist; ./dev demo --vllm makes an environment that has vLLM")
         self._save_model()
         engines = self._start(programs, configs)
         self._compute(self._prompt)
@@ -80,10 +88,11 @@ class VllmWalkthrough(Walkthrough):
 
     def _start(self, programs: Programs, configs: tuple[Path, Path]) -> list[Program]:
         self._stage.say("A vLLM engine for each, which starts the node of its instance; the nodes need no controller")
-        self._stage.type(f"export {_assignments(ENVIRONMENT)}")
+        self._stage.type(f"export {_assignments(self._environment)}")
+        started_at = time.monotonic()
         engines = [self._serve(programs, index, config) for index, config in enumerate(configs)]
         for index, engine in enumerate(engines):
-            self._wait(programs, index, engine)
+            self._wait(programs, index, engine, started_at)
         self._check_nodes("each engine has started its node")
         return engines
 
@@ -92,17 +101,17 @@ class VllmWalkthrough(Walkthrough):
         lines = arguments_of(self._ports.engines[index])
         arguments = " \\\n  ".join(map(shlex.join, lines))
         self._stage.type(f"{_assignments(variables)} vllm {arguments} &")
-        return programs.start_server(f"engine{index + 1}", [str(VLLM), *chain(*lines)], {**ENVIRONMENT, **variables})
+        return programs.start_server(f"engine{index + 1}", [str(VLLM), *chain(*lines)], {**self._environment, **variables})
 
-    def _wait(self, programs: Programs, index: int, engine: Program) -> None:
-        started_at = time.monotonic()
+    def _wait(self, programs: Programs, index: int, engine: Program, started_at: float) -> None:
         programs.wait_until_healthy(engine, f"{self._engines[index]}/health", READY_S)
         self._stage.show(f"engine {index + 1} is ready after {time.monotonic() - started_at:.0f} s")
 
     def _kill(self, programs: Programs, engine: Program) -> None:
         self._stage.say("Engine 1 is killed; its node lives on, with all that it holds")
-        self._stage.type(f"kill -9 -- -{engine.process.pid}")
-        programs.kill(engine)
+        pids = pids_of(engine)
+        self._stage.type(f"kill -9 {' '.join(map(str, pids))}")
+        programs.kill(engine, pids)
         self._check_nodes("the node outlives its engine")
 
     def _restart(self, programs: Programs, engine: Program, config: Path) -> Program:
@@ -110,10 +119,11 @@ class VllmWalkthrough(Walkthrough):
         self._stage.type(f"kill {engine.process.pid}")
         programs.end(engine)
         self._counts[1] = {}
+        started_at = time.monotonic()
         again = self._serve(programs, 1, config)
-        self._wait(programs, 1, again)
+        self._wait(programs, 1, again, started_at)
         for prompt in (self._prompt, self._other_prompt):
-            self._check_loaded(1, prompt)
+            self._check_loaded(1, prompt, " after its restart")
         return again
 
     def _end(self, programs: Programs, engine: Program) -> None:
@@ -124,10 +134,12 @@ class VllmWalkthrough(Walkthrough):
         self._stage.check("both nodes end when they are told to", has_ended, "all have" if has_ended else "not all have")
 
     def _check_nodes(self, what: str) -> None:
-        members = self._stage.get(f"{self._nodes}/members")["members"]
-        states = {member["instance"]: member["state"] for member in members}
+        # An engine doesn't wait for its node: it may be ready a little before.
+        expected = dict.fromkeys(INSTANCES, MemberState.ALIVE)
+        url = f"{self._nodes}/members"
+        states = _states(self._stage.get_until(url, lambda reply: _states(reply) == expected, within_s=JOIN_S))
         seen = ", ".join(f"{instance}: {state}" for instance, state in sorted(states.items()))
-        self._stage.check(what, states == dict.fromkeys(INSTANCES, MemberState.ALIVE), seen)
+        self._stage.check(what, states == expected, seen)
 
 
 def variables_of(index: int, config: Path) -> dict[str, str]:
@@ -141,7 +153,7 @@ def variables_of(index: int, config: Path) -> dict[str, str]:
 
 
 def arguments_of(port: int) -> tuple[tuple[str, ...], ...]:
-    """vLLM's arguments in three lines; the first two are the seed's."""
+    """The arguments of `vllm` in three lines; the first two are the seed's."""
     return (
         ("serve", MODEL, *SEED_OPTIONS),
         ("--port", str(port), "--kv-transfer-config", CONNECTOR),
@@ -156,6 +168,10 @@ def counts_by_source(lines: Iterable[str]) -> dict[str, int]:
         labels, count = line.rsplit(" ", 1)
         counts[labels.split('source="')[1].split('"')[0]] = int(float(count))
     return counts
+
+
+def _states(members: Mapping[str, Any]) -> dict[str, str]:
+    return {member["instance"]: member["state"] for member in members.get("members", ())}
 
 
 def _assignments(variables: Mapping[str, str]) -> str:

@@ -21,6 +21,8 @@ from p2pkv.errors import P2pkvError
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 """The name in the seed's commands, under which the demo's engines serve their small Llama."""
+JOIN_S = 30.0
+"""Nodes of one host meet within a second of a start, on an idle machine."""
 VIEW_S = 2.0
 """After a change, every node's lookup agrees by then."""
 
@@ -30,11 +32,13 @@ class Prompt:
     """What is asked, and what is known of it once an engine has computed it.
 
     Attributes:
+        name: What the checks call it.
         text: As a user writes it.
         tokens: Its ids.
         answer: What every engine should say to it.
     """
 
+    name: str
     text: str
     tokens: list[int] = field(default_factory=list)
     answer: str = ""
@@ -73,7 +77,7 @@ class Walkthrough(ABC):
         self._ports, self._replaced = free_ports()
         self._engines = [f"http://localhost:{port}" for port in self._ports.engines]
         self._nodes = f"http://localhost:{self._ports.shared}"
-        self._prompt = Prompt("Explain the significance of KV cache in language models.")
+        self._prompt = Prompt("the prompt", "Explain the significance of KV cache in language models.")
 
     async def run(self) -> None:
         """All of it.
@@ -109,7 +113,7 @@ class Walkthrough(ABC):
     def _compute(self, prompt: Prompt) -> None:
         self._stage.say("A completion on engine 1, which computes the prompt's KV cache and keeps it at instance 1")
         computed = self._complete(0, prompt)
-        self._stage.check("engine 1 computes the prompt", computed.loaded == 0, computed.origin)
+        self._stage.check(f"engine 1 computes {prompt.name}", computed.loaded == 0, computed.origin)
         prompt.answer = computed.text
         self._stage.say("The prompt's token ids")
         prompt.tokens = self._stage.post(f"{self._engines[0]}/tokenize", {"model": MODEL, "prompt": prompt.text})["tokens"]
@@ -121,10 +125,12 @@ class Walkthrough(ABC):
         moved = self._stage.post(f"{self._nodes}/move", self._order(prompt, *INSTANCES))
         count = len(prompt.tokens)
         self._stage.check(
-            "the move takes every token of the prompt", moved["num_tokens"] == count, f"{moved['num_tokens']} of {count}"
+            f"the move takes every token of {prompt.name}", moved["num_tokens"] == count, f"{moved['num_tokens']} of {count}"
         )
         self._stage.say("What the event says")
-        self._check_event("moved over HTTP", self._stage.get(f"{self._nodes}/events/{moved['event_id']}"), "handoff")
+        self._check_event(
+            f"{prompt.name} is moved over HTTP", self._stage.get(f"{self._nodes}/events/{moved['event_id']}"), "handoff"
+        )
         self._stage.say("Who holds it now")
         self._check_holder(INSTANCES[1], prompt)
         self._stage.say("The same completion on engine 2, which loads the KV cache that engine 1 computed")
@@ -145,13 +151,13 @@ class Walkthrough(ABC):
 
     # --- checks ---
 
-    def _check_loaded(self, index: int, prompt: Prompt) -> None:
+    def _check_loaded(self, index: int, prompt: Prompt, when: str = "") -> None:
         """Complete on an engine whose instance holds the prompt."""
         loaded = self._complete(index, prompt)
-        what = f"engine {index + 1} loads {'all but the last token' if self.COMPUTED_ANYHOW else 'the prompt'}"
+        what = f"engine {index + 1} loads {'all but the last token of ' if self.COMPUTED_ANYHOW else ''}{prompt.name}{when}"
         is_loaded = (loaded.computed, loaded.loaded) == (self.COMPUTED_ANYHOW, len(prompt.tokens) - self.COMPUTED_ANYHOW)
         self._stage.check(what, is_loaded, loaded.origin)
-        self._stage.check(f"engine {index + 1} gives the same answer", loaded.text == prompt.answer, repr(loaded.text))
+        self._stage.check(f"engine {index + 1} gives the same answer{when}", loaded.text == prompt.answer, repr(loaded.text))
 
     def _check_event(self, what: str, event: Mapping[str, Any], lane: str) -> None:
         chunks = event["chunks"]
@@ -169,7 +175,7 @@ class Walkthrough(ABC):
         )
         holders = reply["layout_info"]
         seen = ", ".join(f"{name}: {held[1]} tokens" for name, held in holders.items())
-        self._stage.check(f"only {instance} holds the prompt", holders == expected, seen)
+        self._stage.check(f"only {instance} holds {prompt.name}", holders == expected, seen)
 
 
 async def run_demo(walkthrough: type[Walkthrough], *, as_json: bool = False) -> int:

@@ -2,10 +2,12 @@
 
 import fcntl
 import os
+import select
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from p2pkv.engines.connection import REPLY_S, EngineConnection
@@ -16,6 +18,17 @@ START_S = 30.0
 """A node is ready within 1.5 s; the rest is for machines where everything starts at once."""
 
 _POLL_S = 0.05
+
+_LAUNCHER = """
+import os, sys
+if pid := os.fork():
+    print(pid)
+else:
+    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Starts a node and ends, so that the node is nobody's child: when vLLM ends, it ends all that descend from it."""
 
 
 def connect_or_start(place: Place, config: Path, reply_s: float = REPLY_S) -> EngineConnection:
@@ -30,14 +43,15 @@ def connect_or_start(place: Place, config: Path, reply_s: float = REPLY_S) -> En
     connection = _try_connect(place, reply_s)
     if connection is not None:
         return connection
-    with _sole_starter(place, deadline):
-        child = None
+    with _sole_starter(place, deadline), ExitStack() as started:
+        node = None
         while (connection := _try_connect(place, reply_s)) is None:
             if not is_living(place):
-                if child is None:
-                    child = _start(place, config)
-                elif _has_ended(child):
-                    raise NodeUnreachableError(f"the node of {place.instance} ended at its start; see {place.log}")
+                if node is None:
+                    node = _start(place, config)
+                    started.callback(os.close, node)
+                elif _has_ended(node):
+                    raise _ended(place)
             _wait(deadline, f"the node of {place.instance} wasn't ready within {START_S:g} s; see {place.log}")
     return connection
 
@@ -77,23 +91,30 @@ def _wait(deadline: float, problem: str) -> None:
 
 
 def _start(place: Place, config: Path) -> int:
-    """Start a node in a session of its own, so that no signal for this program's terminal reaches it."""
-    log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    return os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-m", "p2pkv", "node", "--config", str(config)],
-        os.environ,
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(place.log), log_flags, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-        setsid=True,
-    )
+    """Start a node in a session of its own, so that no signal for this program's terminal reaches it.
 
+    Returns:
+        A descriptor of its process; the caller closes it.
 
-def _has_ended(child: int) -> bool:
+    Raises:
+        NodeUnreachableError: It has ended already.
+    """
+    launch = [sys.executable, "-ISc", _LAUNCHER, str(place.log)]
+    node = [sys.executable, "-m", "p2pkv", "node", "--config", str(config)]
+    said = subprocess.run(  # noqa: S603 - our own command
+        [*launch, *node], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, check=True
+    ).stdout
     try:
-        return os.waitpid(child, os.WNOHANG)[0] == child
-    except ChildProcessError:  # somebody else's `wait` has seen it end
-        return True
+        return os.pidfd_open(int(said))
+    except ProcessLookupError as error:
+        raise _ended(place) from error
+
+
+def _ended(place: Place) -> NodeUnreachableError:
+    return NodeUnreachableError(f"the node of {place.instance} ended at its start; see {place.log}")
+
+
+def _has_ended(node: int) -> bool:
+    poll = select.poll()  # unlike `select`, it takes any descriptor
+    poll.register(node, select.POLLIN)
+    return bool(poll.poll(0))

@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object a benchmark")
     parser.add_argument("--only", choices=("overhead", "ttft", "replay"), help="of vllm: measure this and nothing else")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="of vllm: conversation_trace.jsonl, which is replayed")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="of vllm: conversation_trace.jsonl; without it nothing is replayed"
+    )
     arguments = parser.parse_args()
     for name in arguments.names:
         options: dict[str, Any] = {"only": arguments.only, "trace": arguments.trace} if name == "vllm" else {}

@@ -1,5 +1,6 @@
 """What the demo with vLLM types is what the seed types; all of it together is `./dev demo --vllm`."""
 
+import json
 import os
 import shlex
 from itertools import chain
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from p2pkv.demo import VllmWalkthrough, run_demo
+from p2pkv.demo import vllm as demo_vllm
 from p2pkv.demo.vllm import arguments_of, counts_by_source, variables_of
 
 SEED = """\
@@ -32,3 +35,13 @@ def test_tokens_are_counted_by_where_they_came_from() -> None:
         'vllm:prompt_tokens_by_source_total{engine="0",model_name="a/b",source="external_kv_transfer"} 1.2e+01',
     ]
     assert counts_by_source(lines) == {"local_compute": 12, "external_kv_transfer": 12}
+
+
+async def test_without_vllm_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_vllm, "VLLM", tmp_path / "vllm")
+    assert await run_demo(VllmWalkthrough, as_json=True) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert "./dev demo --vllm" in report["problem"]
+    assert (report["ok"], report["checks"]) == (False, [])

@@ -26,6 +26,7 @@ from p2pkv.engines.vllm.storing import Stores
 from p2pkv.engines.vllm.tally import Tally
 from p2pkv.engines.vllm.working import WorkerHalf
 from p2pkv.rendezvous import place_of, read_card, runtime_directory
+from tests.live.command_line import wait_gone
 
 pytestmark = pytest.mark.live
 
@@ -78,7 +79,7 @@ def shared_node() -> Iterator[Node]:
         node = Node(Path(folder))
         yield node
         node.signal(signal.SIGTERM)
-        os.waitpid(node.pid, 0)
+        wait_gone(node.pid)
 
 
 @pytest.fixture

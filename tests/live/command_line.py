@@ -1,7 +1,9 @@
 """`p2pkv` called as its users call it, for tests: configurations, processes, and what they print."""
 
 import json
+import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -64,6 +66,18 @@ def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM)
     process.send_signal(number)
     rest, _ = process.communicate(timeout=10)
     return process.returncode, rest, time.monotonic() - began_at
+
+
+def wait_gone(pid: int) -> None:
+    """Wait until a process has ended that needn't be a child of ours."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with open(process, "rb"):  # closes it
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        assert poll.poll(10_000)
 
 
 def store(config: Path, tokens: list[int]) -> None:

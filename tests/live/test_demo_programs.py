@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p2pkv.demo import programs as programs_module
-from p2pkv.demo.programs import ProgramError, Programs
+from p2pkv.demo.programs import ProgramError, Programs, pids_of
 from tests.live.command_line import free_port
 
 READY_S = 20.0
@@ -68,11 +68,9 @@ def test_a_killed_program_takes_its_children_along_but_not_its_node(programs: Pr
     script = "sleep 60 & echo $! >child; setsid sh -c 'echo $$ >node; exec sleep 60' & wait"
     engine = programs.start_server("engine", ["sh", "-c", script], {})
     child, node = pid_in(runtime_dir / "child"), pid_in(runtime_dir / "node")
-    programs.kill(engine)
-    deadline = time.monotonic() + READY_S
-    while not has_ended(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert set(pids_of(engine)) == {engine.process.pid, child}
+    programs.kill(engine, pids_of(engine))
+    assert has_ended(child)
     assert not has_ended(node)
     assert programs.end_nodes_of_engines()
     assert has_ended(node)

@@ -61,7 +61,11 @@ def stop(instance: str) -> None:
     """End a node that `attach` started, and wait until it has gone."""
     pid = node_pid(instance)
     os.kill(pid, signal.SIGTERM)
-    os.waitpid(pid, 0)
+    wait_gone(pid)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +323,16 @@ def test_what_was_stored_outlives_the_engine_and_no_descriptor_stays_behind(conf
         assert cache.lookup(range(9)) == 9
 
 
+def test_a_node_is_no_descendant_of_the_engine_that_started_it(place: Path) -> None:
+    path = write_config(place, "orphan")
+    with EngineCache.attach(path, model="m", layout=LAYOUT):
+        ancestor = node_pid("orphan")
+        while ancestor:
+            ancestor = parent_of(ancestor)
+            assert ancestor != os.getpid()
+    stop("orphan")
+
+
 def test_without_autostart_a_missing_node_is_an_error(place: Path) -> None:
     path = write_config(place, "nobody")
     with pytest.raises(NodeUnreachableError, match="no node listens"):
@@ -330,6 +344,7 @@ def test_without_autostart_a_missing_node_is_an_error(place: Path) -> None:
 ATTACH_AND_TELL = """
 import sys
 from p2pkv.engines import EngineCache, KVLayout
+from tests.live.command_line import wait_gone
 with EngineCache.attach(sys.argv[1], model="m", layout=KVLayout(2, 2, 4, "float32")) as cache:
     print(cache.lookup([1]))
 """
@@ -344,16 +359,9 @@ def test_two_engines_that_start_at_once_start_one_node(place: Path) -> None:
         assert log.count("p2pkv ready") == 1
         assert "already runs" not in log
     finally:
-        pid = node_pid("twins")  # of no engine's any more, hence not ours to wait for
+        pid = node_pid("twins")
         os.kill(pid, signal.SIGTERM)
         wait_gone(pid)
-
-
-def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_killed_node_costs_one_call_and_the_next_starts_another(place: Path) -> None:
@@ -362,7 +370,7 @@ def test_a_killed_node_costs_one_call_and_the_next_starts_another(place: Path) -
         assert cache.store([1, 2], kv_of([1, 2])) == 2
         pid = node_pid("mortal")
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        wait_gone(pid)
         with pytest.raises(NodeUnreachableError):
             cache.lookup([1, 2])
         assert cache.lookup([1, 2]) == 0

@@ -12,6 +12,7 @@ import pytest
 from p2pkv.core.keys import Identity
 from p2pkv.engines import EngineCache
 from p2pkv.engines.cache import Take, Tokens
+from tests.live.command_line import wait_gone
 from tests.vllm.connected import ANSWER_TOKENS, CHUNK, Engine, engine_on, node_pid, prompt_of, wait_until
 
 
@@ -144,7 +145,7 @@ def test_a_node_that_dies_while_a_prompt_is_loaded_costs_nothing_but_time(
     def die(cache: EngineCache, tokens: Tokens, take: Take, identity: Identity | None = None, *, start: int = 0) -> int:
         pid = node_pid()
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        wait_gone(pid)
         return retrieve_into(cache, tokens, take, identity, start=start)
 
     monkeypatch.setattr(EngineCache, "retrieve_into", die)

@@ -7,14 +7,12 @@ from sims.bench.report import Row
 from sims.bench.vllm import first_token, overhead, replay
 from sims.bench.vllm.engines import Fleet, open_fleet
 
-SECTIONS = ("overhead", "ttft", "replay")
-
 
 def run(only: str | None = None, trace: Path | None = None) -> Sequence[Row]:
     """Measure the sections, in an order that starts the fewest engines.
 
     Args:
-        only: One of `SECTIONS`; None for all.
+        only: `overhead`, `ttft` or `replay`; None for all.
         trace: What is replayed; None to leave the replay out.
     """
     steps: list[tuple[str, Callable[[Fleet], Sequence[Row]]]] = [

@@ -59,6 +59,7 @@ class Seat:
 
 PLAIN = (Seat(0, None), Seat(1, None))
 CONNECTED = (Seat(0, "bench1"), Seat(1, "bench2"))
+SHARING = (Seat(0, "bench3"), Seat(1, "bench3"))
 
 
 @dataclass(frozen=True, slots=True)

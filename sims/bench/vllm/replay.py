@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sims.bench.report import Row
 from sims.bench.vllm.asking import ask, ask_all, random_tokens
-from sims.bench.vllm.engines import CONNECTED, MAX_TOKENS, PLAIN, Engine, Fleet, Seat
+from sims.bench.vllm.engines import CONNECTED, MAX_TOKENS, PLAIN, SHARING, Engine, Fleet, Seat
 
 TRACE_BLOCK_TOKENS = 512
 BLOCK_TOKENS = 16
@@ -58,8 +58,11 @@ def measure_plain(fleet: Fleet, requests: Sequence[Request]) -> Sequence[Row]:
 
 
 def measure_connected(fleet: Fleet, requests: Sequence[Request]) -> Sequence[Row]:
-    """With p2pkv, an instance for each engine."""
-    return _replay(fleet, CONNECTED, requests, "with p2pkv")
+    """With p2pkv, first an instance for each engine, then one for both."""
+    return (
+        *_replay(fleet, CONNECTED, requests, "with p2pkv"),
+        *_replay(fleet, SHARING, requests, "with p2pkv, both engines on one instance"),
+    )
 
 
 def _is_taken(block_ids: Sequence[int]) -> bool:
@@ -95,7 +98,7 @@ def _replay(fleet: Fleet, seats: Sequence[Seat], requests: Sequence[Request], ho
     engines = fleet.use(seats)
     for index, engine in enumerate(engines):
         ask(engine, random_tokens(MAX_TOKENS // 4, f"warm:{how}:{index}"), 16)
-    before = _prompt_tokens(engines)
+    before, late_before = _prompt_tokens(engines), _late_count(engines)
     asked = [
         partial(ask, engines[index % len(engines)], request.prompt, request.answer_tokens)
         for index, request in enumerate(requests)
@@ -107,9 +110,14 @@ def _replay(fleet: Fleet, seats: Sequence[Seat], requests: Sequence[Request], ho
         Row(f"{how}: two engines in turn, {CONCURRENCY} at a time", "requests/s", (len(requests) / took_s,)),
         Row(f"{how}: time to first token", "ms", tuple(answer.first_token_s * 1000 for answer in answers)),
         *(Row(f"{how}: {name}", "of prompt tokens", ((after[name] - before[name]) / total,)) for name in SOURCES),
+        Row(f"{how}: lookups that missed their deadline, of {len(requests)}", "", (_late_count(engines) - late_before,)),
     )
 
 
 def _prompt_tokens(engines: Sequence[Engine]) -> dict[str, float]:
     seen = [engine.prompt_tokens() for engine in engines]
     return {name: sum(tokens[name] for tokens in seen) for name in SOURCES}
+
+
+def _late_count(engines: Sequence[Engine]) -> float:
+    return sum(engine.counts().get("missed_deadlines_total", 0) for engine in engines)
