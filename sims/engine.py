@@ -44,6 +44,16 @@ def chain(tokens: TokenBytes) -> list[ChunkKey]:
     return keys
 
 
+def within(tokens: TokenBytes) -> list[ChunkKey]:
+    """Keys of all chunks, partly filled ones included, that may lie wholly inside a prompt."""
+    keys = []
+    step = NAMESPACE.chunk_size * TOKEN_NBYTES
+    for parent, begin in zip(chain(tokens), range(0, len(tokens), step), strict=False):
+        part = tokens[begin : begin + step]
+        keys += [chunk_key(parent, part[:length]) for length in range(TOKEN_NBYTES, len(part) + 1, TOKEN_NBYTES)]
+    return keys
+
+
 def longest_prefix(tokens: TokenBytes, held: Container[ChunkKey]) -> int:
     """Tokens of the longest prefix of which every chunk is in `held`, the last one at any length."""
     key, end = ROOT, 0

@@ -16,7 +16,7 @@ from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.inventory import InventoryView
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import InventoryDelta, PlanRequest, TakeAnswer
+from p2pkv.core.messages import InventoryDelta, Pin, PlanRequest, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.handover import Handover
 from p2pkv.core.moves.plan import find_manifest
@@ -216,14 +216,24 @@ def waits_for_ever(_right: Method) -> Method:
     return target_lost
 
 
+def leaves_pins_behind(_right: Method) -> Method:
+    """The source hands over what is pinned as if it weren't."""
+
+    def pins(_self: Handover, _move: SourceMove, _now: float) -> tuple[Pin, ...]:
+        return ()
+
+    return pins
+
+
 # --- the target -----------------------------------------------------------------------------------------------------------
 
 
 def takes_without_owning(_right: Method) -> Method:
     """The target says that it took what it was handed, and doesn't."""
 
-    def own(_self: TargetMoves, move: TargetMove, attempt: int, keys: tuple[ChunkKey, ...], _now: float) -> TakeAnswer:
-        return TakeAnswer(event_id=move.event_id, attempt=attempt, taken=keys, already_there=(), gone=())
+    def own(_self: TargetMoves, move: TargetMove, take: Take, _now: float) -> TakeAnswer:
+        taken = (*take.released, *take.shared)
+        return TakeAnswer(event_id=move.event_id, attempt=take.attempt, taken=taken, already_there=(), gone=())
 
     return own
 
@@ -269,13 +279,23 @@ def evicts_what_is_leased(_right: Method) -> Method:
     return is_leased
 
 
+def evicts_what_is_pinned(_right: Method) -> Method:
+    """An instance evicts what is pinned."""
+
+    def is_pinned(_self: Residency, _now: float) -> bool:
+        return False
+
+    return is_pinned
+
+
 def evicts_prefixes_first(_right: Method) -> Method:
     """An instance evicts what others still hang on."""
 
     def find_victims(book: Residencies, need: Room, *, now: float, colder_than: float = inf) -> list[Residency] | None:
         victims, free = [], book.free()
         for residency in sorted(book, key=lambda each: each.chunk.start):
-            is_kept = residency.slot is not None or residency.is_leased(now) or residency.used_at >= colder_than
+            is_needed = residency.slot is not None or residency.is_leased(now) or residency.is_pinned(now)
+            is_kept = is_needed or residency.used_at >= colder_than
             if not need.fits(free) and not is_kept:
                 victims.append(residency)
                 free += room_of(residency.chunk)
@@ -307,6 +327,7 @@ MUTANTS = {
         Mutant("T3", "moves", Handover, "_stays", orphans_children),
         Mutant("T8", "engines", SourceMoves, "keep", ignores_engines),
         Mutant("T10", "moves", SourceMoves, "cancel", cancels_late),
+        Mutant("T11", "crowded", Handover, "_pins", leaves_pins_behind),
         Mutant("E1", "moves", SourceMoves, "_finish", always_done),
         Mutant("F9", "moves", SourceMoves, "_finish", hands_over_copies),
         Mutant("P5", "calm", SourceMoves, "_begin", moves_in_place),
@@ -318,6 +339,7 @@ MUTANTS = {
         Mutant("S4", "crowded", Holdings, "make_room", makes_no_room),
         Mutant("S5", "crowded", Residency, "is_leased", evicts_what_is_leased),
         Mutant("S5", "crowded", holdings, "find_victims", evicts_prefixes_first),
+        Mutant("S7", "crowded", Residency, "is_pinned", evicts_what_is_pinned),
         Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
     )
 }

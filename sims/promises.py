@@ -15,6 +15,7 @@ from p2pkv.core.messages import InventoryRequest, Message, Take, TakeAnswer
 from p2pkv.core.records import EventRecord, EventState, Operation
 from sims.ledger import Ledger, PromiseBrokenError
 from sims.network import Clock
+from sims.pins import Pins
 from sims.sightings import Sighting, Sightings
 
 DIALS_A_SECOND = 10
@@ -26,6 +27,7 @@ class Promises:
 
     def __init__(self, clock: Clock, *, move_deadline_s: float, lease_s: float) -> None:
         self.ledger = Ledger()
+        self.pins = Pins(clock, self.ledger)
         self.sightings = Sightings(clock)
         self._clock = clock
         self._move_deadline_s = move_deadline_s
@@ -68,6 +70,7 @@ class Promises:
     def ended(self, instance: InstanceId, how: str) -> None:
         """An instance crashed or left: all that it owned is gone with it."""
         self.ledger.ended(instance, self._clock.now, how)
+        self.pins.ended(instance)
         self.sightings.ended(instance, how)
         self._stop_reading(instance)
 
@@ -112,12 +115,20 @@ class Promises:
                             "T1", f"{sender} hands over {key.hex()}, which it doesn't own", message.event_id, key.hex()
                         )
             case TakeAnswer():
-                taken_at = self.sightings.moves[message.event_id].attempts[message.attempt].sent_at
-                for key in (*message.taken, *message.already_there):
+                seen = self.sightings.moves[message.event_id]
+                attempt = seen.attempts[message.attempt]
+                taken_at = attempt.sent_at
+                owned = dict.fromkeys((*message.taken, *message.already_there))
+                for key in owned:
                     if not self.ledger.owned_after(key, sender, taken_at):
                         raise self._broken(
                             "T4", f"{sender} says that it took {key.hex()}, and doesn't own it", message.event_id, key.hex()
                         )
+                if not attempt.is_taken:  # the answer's repeats say nothing of pins: some may have ended since
+                    attempt.is_taken = True
+                    released = {key: None for key in owned if key in attempt.released}
+                    moved = self.pins.handed_over(released, seen.parties.source, sender, sent_at=attempt.sent_at)
+                    self.sightings.counts["pin moved along"] += moved
 
     def admitted(self, key: ChunkKey, instance: InstanceId, stage: str, *, is_right: bool) -> None:
         """Bytes became a resident chunk; `is_right` says whether they were there, and whether they are those of the key."""
@@ -142,9 +153,12 @@ class Promises:
                 rule = "T3" if reason is ReleaseReason.MOVED else "S5"
                 raise self._broken(rule, f"{instance} frees {key.hex()} and keeps what hangs on it", key.hex())
             self.ledger.lost(key, instance, self._clock.now, reason.value)
+            self.pins.gone(key, instance)
 
     def _check_eviction(self, key: ChunkKey, instance: InstanceId) -> None:
-        """S5: nothing that is leased or in a move."""
+        """S5: nothing that is leased, pinned or in a move."""
+        if self.pins.is_pinned(key, instance):
+            raise self._broken("S7", f"{instance} evicts {key.hex()}, which is pinned", key.hex())
         for (reader, lease), (until, read) in self._reading.items():
             if reader == instance and key in read and until > self._clock.now:
                 raise self._broken("S6", f"{instance} evicts {key.hex()}, which an engine reads under {lease}", key.hex())

@@ -81,6 +81,8 @@ class Operations(_Part):
         reads: An engine reads a prompt.
         moves: A user moves a prompt, or everything.
         copies: A user copies one.
+        pins: A user pins one somewhere, half of the times for some seconds only.
+        unpins: A user unpins one somewhere.
         cancelled_share: Share of moves and copies that a user cancels soon afterwards.
         all_share: Share of moves and copies that take everything at the old position.
         one_by_one: Each has time to end before the next begins; otherwise they come at random times.
@@ -90,6 +92,8 @@ class Operations(_Part):
     reads: Count = 10
     moves: Count = 21
     copies: Count = 7
+    pins: Count = 0
+    unpins: Count = 0
     cancelled_share: Share = 0.1
     all_share: Share = 0.1
     one_by_one: bool = False

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from p2pkv.core.ids import Address, EventId, LinkId, Position, RequestId
 from p2pkv.core.keys import ChunkKey, Identity, Namespace, TokenBytes
 from p2pkv.core.messages import Message
-from p2pkv.core.records import Operation, Selection
+from p2pkv.core.records import Operation, Pinning, Selection
 from p2pkv.errors import Failure
 
 ClientId = int
@@ -93,6 +93,19 @@ class ClearRequested:
 
     request: RequestId
     position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class PinRequested:
+    """A user pins a prompt at a position, or ends its pin, in `ttl_s` (inf: never). Answered with the count of its tokens."""
+
+    request: RequestId
+    position: Position
+    pinning: Pinning
+    ttl_s: float
+    tokens: TokenBytes
+    identity: Identity
+    model: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +205,7 @@ Event = (
     | EventAsked
     | CancelRequested
     | ClearRequested
+    | PinRequested
     | LeaveRequested
     | EngineAttached
     | StoreRequested

@@ -31,6 +31,7 @@ from p2pkv.core.events import (
     LinkOpened,
     MessageReceived,
     MoveRequested,
+    PinRequested,
     ReadEnded,
     RetrieveRequested,
     RouteRefused,
@@ -219,6 +220,8 @@ class Machine:
                 self._coordinator.cancel(event, now)
             case ClearRequested():
                 self._commands.clear(event, now)
+            case PinRequested():
+                self._commands.pin(event, now)
             case LeaveRequested():
                 self._leave(now)
             case EngineAttached():
@@ -292,9 +295,9 @@ class Machine:
                 self._gossip.delta(sender, message)
             case messages.InventoryPage():
                 self._gossip.page(sender, message)
-            case messages.ClearRequest():
-                self._commands.carry_out(message, sender)
-            case messages.ClearAnswer():
+            case messages.ClearRequest() | messages.PinRequest():
+                self._commands.carry_out(message, sender, now)
+            case messages.CommandAnswer():
                 self._commands.answered(message, sender)
             case messages.PlanRequest():
                 self._sources.plan(message, sender, now)

@@ -158,8 +158,7 @@ class Serving:
         residency = self._book.get(chunk.key)
         if residency is None:
             if not self._holdings.make_room(self._book, room_of(chunk), now=now):
-                used, limit = self._book.used.nbytes, self._book.limit.nbytes
-                detail = f"No room for {chunk.charged_nbytes} bytes: {used} of {limit} are used, and none can go now."
+                detail = f"No room for {chunk.charged_nbytes} bytes: {self._book.fullness(now)}, and none can go now."
                 return Failure(ErrorCode.STORE_FULL, detail)
             residency = self._book.enter(chunk, Writing(), now)
         if isinstance(residency.slot, Writing):

@@ -64,11 +64,14 @@ def test_ownership_ends_in_every_way(how: str) -> None:
         "move ended: store_full",
         "move ended: transfer_failed",
         "owned after the source's end",
+        "pin moved along",
+        "pinned",
         "refused before a byte moved",
         "request refused: deadline_exceeded",
         "request refused: instance_unreachable",
         "shared kept",
         "take repeated",
+        "unpinned",
     ],
 )
 def test_the_path_is_gone_down(path: str) -> None:

@@ -49,16 +49,16 @@ class Fetching:
         need = sum((room_of(chunk) for chunk in pending), NO_ROOM)
         if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             self.release_leases(move)
-            return self._no_room(need, book)
+            return self._no_room(need, book, now)
         move.pending, move.present = pending, dict.fromkeys(present)
         move.routes = self._routes(move)
         book.promised[move.event_id] = need
         return None
 
-    def _no_room(self, need: Room, book: Residencies) -> Failure:
+    def _no_room(self, need: Room, book: Residencies, now: float) -> Failure:
         detail = (
             f"{book.location.value} of {self._me!r} has no room for {need.nbytes} bytes in {need.descriptors} shards: "
-            f"{book.used.nbytes} of {book.limit.nbytes} bytes are used, and too little of that is colder than what would come."
+            f"{book.fullness(now)}, and too little of that is colder than what would come."
         )
         return Failure(ErrorCode.STORE_FULL, detail)
 
@@ -73,7 +73,7 @@ class Fetching:
             detail = f"{move.source!r} offers no way to its chunks that {self._me!r} can use."
             move.problem = move.problem or Failure(ErrorCode.TRANSFER_FAILED, detail)
         elif not self._holdings.make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
-            move.problem = self._no_room(need, book)
+            move.problem = self._no_room(need, book, now)
         else:
             for chunk in batch:
                 book.enter(chunk, Incoming(move.event_id), now)
