@@ -139,6 +139,8 @@ class EngineDoor:
         except FailureError as error:
             await _send(connection, Refused(error.failure))
             return
+        if attach.world_size > 1 and attach.worker == 0:
+            _log.warning("max_local_cpu_size is the instance's: its workers share it", workers=attach.world_size)
         engine = _Engine(self._driver, self._memory, client, self._last_lent)
         try:
             await _send(connection, Attached(namespace))
