@@ -36,7 +36,7 @@ class Pinning(StrEnum):
 
 
 class EventState(StrEnum):
-    """Where a move is. The last four are final; nobody sees one that is pending, as a request is answered when it is planned."""
+    """Where a move is. The last four are final; none is seen pending, as a request is answered when it is planned."""
 
     PENDING = "pending"
     RUNNING = "running"
