@@ -24,9 +24,7 @@ from p2pkv.core.ids import EventId, Location
 from p2pkv.core.keys import (
     TOKEN_NBYTES,
     ChunkKey,
-    Identity,
     Namespace,
-    TokenBytes,
     chunk_key,
     token_count,
 )
@@ -97,10 +95,13 @@ class Serving:
         self._clients[event.client] = _Client(namespace, shard)
         self._outbox.answer(event.request, None)
 
-    def lookup(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
+    def namespace_of(self, client: ClientId) -> Namespace:
+        """What an engine attached with."""
+        return self._clients[client].namespace
+
+    def held_tokens(self, prompt: Prompt) -> int:
         """Tokens of the longest prefix that is held here, token by token."""
-        attached = self._clients[client]
-        return _end_of(self._book.match(prompt_of(attached.namespace, identity, tokens)))
+        return _end_of(self._book.match(prompt))
 
     # --- store ------------------------------------------------------------------------------------------------------------
 

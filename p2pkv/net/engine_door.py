@@ -14,7 +14,15 @@ import trio
 
 from p2pkv.core import effects
 from p2pkv.core.effects import ENGINE_STAGE
-from p2pkv.core.events import EngineAttached, EngineLost, ReadEnded, RetrieveRequested, ShardsSealed, StoreRequested
+from p2pkv.core.events import (
+    EngineAttached,
+    EngineLost,
+    LookupRequested,
+    ReadEnded,
+    RetrieveRequested,
+    ShardsSealed,
+    StoreRequested,
+)
 from p2pkv.core.ids import StageId
 from p2pkv.core.keys import TOKEN_NBYTES, ChunkKey, Namespace
 from p2pkv.errors import ErrorCode, Failure, FailureError, RemoteProtocolError, SealRefusedError
@@ -143,7 +151,7 @@ class EngineDoor:
             _log.warning("max_local_cpu_size is the instance's: its workers share it", workers=attach.world_size)
         engine = _Engine(self._driver, self._memory, client, self._last_lent)
         try:
-            await _send(connection, Attached(namespace))
+            await _send(connection, Attached(namespace, self._driver.machine.config.peer_fetch))
             while (request := await _receive(connection)) is not None:
                 await engine.answer(request, connection)
         finally:
@@ -170,9 +178,7 @@ class _Engine:
         try:
             match request:
                 case LookupRequest():
-                    _check_tokens(request.tokens)
-                    count = self._driver.machine.lookup_local(self._client, request.identity, request.tokens)
-                    await _send(connection, LookupReply(count))
+                    await _send(connection, await self._look_up(request))
                 case StoreRequest():
                     await _send(connection, *await self._store(request))
                 case Commit():
@@ -192,6 +198,21 @@ class _Engine:
         """It is gone, and its leases with it."""
         for lease in list(self._leases):
             self._end_lease(lease)
+
+    async def _look_up(self, request: LookupRequest) -> LookupReply:
+        _check_tokens(request.tokens)
+        answer = await self._driver.request(
+            partial(
+                LookupRequested,
+                client=self._client,
+                identity=request.identity,
+                tokens=request.tokens,
+                source=request.source,
+                prefill_tokens_per_s=request.prefill_tokens_per_s,
+            )
+        )
+        assert isinstance(answer, effects.Found)
+        return LookupReply(answer.num_tokens, answer.is_fetching)
 
     async def _store(self, request: StoreRequest) -> tuple[Lent, list[int]]:
         _check_tokens(request.tokens)
