@@ -41,7 +41,7 @@ class Flights:
     # --- flights ----------------------------------------------------------------------------------------------------------
 
     def asked(self, instance: InstanceId, plan: PlanRequest) -> None:
-        """R4: nobody asks for a chunk that a flight, as far as its plan is known, is bringing; nor for the very prompt of any."""
+        """R4: nobody asks for a chunk that a flight is bringing, as far as its plan is known, nor for a flight's prompt."""
         flights = self._flights.setdefault(instance, {})
         if plan.reader is None or plan.event_id in flights:
             return

@@ -268,6 +268,16 @@ def flies_twice(_right: Method) -> Method:
     return flight_with
 
 
+def awaits_flights(right: Method) -> Method:
+    """A lookup is told to wait for a flight as long as it is under way."""
+
+    def is_coming(self: PeerFetches, miss: Any, now: float) -> bool:
+        is_awaited: bool = right(self, miss, now)
+        return is_awaited or self._flight_with(miss) is not None
+
+    return is_coming
+
+
 # --- what is held ---------------------------------------------------------------------------------------------------------
 
 
@@ -352,5 +362,6 @@ MUTANTS = {
         Mutant("S7", "crowded", Residency, "is_pinned", evicts_what_is_pinned),
         Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
         Mutant("R4", "peer_fetch", PeerFetches, "_flight_with", flies_twice),
+        Mutant("R5", "peer_fetch", PeerFetches, "_is_coming", awaits_flights),
     )
 }

@@ -178,6 +178,14 @@ class RetrieveRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineClearRequested:
+    """An engine wants all chunks of its namespace to be forgotten. Answered with the count of tokens that were held."""
+
+    request: RequestId
+    client: ClientId
+
+
+@dataclass(frozen=True, slots=True)
 class ReadEnded:
     """The engine has copied what it retrieved under this lease."""
 
@@ -229,6 +237,7 @@ Event = (
     | StoreRequested
     | ShardsSealed
     | RetrieveRequested
+    | EngineClearRequested
     | ReadEnded
     | EngineLost
     | FetchEnded

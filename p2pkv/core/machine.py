@@ -21,6 +21,7 @@ from p2pkv.core.events import (
     ClearRequested,
     DialFailed,
     EngineAttached,
+    EngineClearRequested,
     EngineLost,
     Event,
     EventAsked,
@@ -243,6 +244,8 @@ class Machine:
                 self._serving.sealed(event, now)
             case RetrieveRequested():
                 self._serving.retrieve(event, now)
+            case EngineClearRequested():
+                self._serving.clear(event, now)
             case ReadEnded():
                 self._serving.read_ended(event)
             case EngineLost():

@@ -161,8 +161,8 @@ class PeerFetches:
 
     def _start(self, name: ChunkKey, miss: _Miss, now: float) -> bool:
         """Start a flight from the best holder; False when there is none, or none may be started."""
-        best = max(self._holders(miss), key=lambda held: self._saved_s(miss, held), default=None)
-        if best is None or self._saved_s(miss, best) <= 0 or len(self._flights) >= FLIGHTS_MAX:
+        best = max(self._holders(miss), key=lambda held: self._saved_s(miss, held, now), default=None)
+        if best is None or self._saved_s(miss, best, now) <= 0 or len(self._flights) >= FLIGHTS_MAX:
             return False
         old, new = Position(best.instance, best.location), Position(self._config.instance, Location.LOCAL_CPU)
         plan = PlanRequest(
@@ -200,14 +200,14 @@ class PeerFetches:
         found = longest_prefixes([PromptFingerprints(miss.prompt)], views)
         return [held for held in found if held.num_tokens > miss.held_tokens]
 
-    def _saved_s(self, miss: _Miss, held: Held) -> float:
+    def _saved_s(self, miss: _Miss, held: Held, now: float) -> float:
         """How much sooner the tokens are here by a fetch from a holder than by computing them; 0 or less: not worth it."""
         record = self._membership.record_of(held.instance)
         routes = [] if record is None else routes_between(record, self._membership.me)
         if not routes:
             return -inf
         is_handoff = isinstance(routes[0], HandoffAddress)
-        fetch_s = 0.0 if is_handoff else TCP_SETUP_S + miss.nbytes(held.num_tokens) / self._tcp_rate.bytes_per_s
+        fetch_s = 0.0 if is_handoff else TCP_SETUP_S + miss.nbytes(held.num_tokens) / self._tcp_rate.bytes_per_s(now)
         return miss.compute_s(held.num_tokens) - fetch_s
 
     # --- flights ----------------------------------------------------------------------------------------------------------

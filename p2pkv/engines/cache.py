@@ -32,6 +32,8 @@ from p2pkv.wire.engine import (
     ENGINE_PROTOCOL_VERSION,
     Attach,
     Attached,
+    Cleared,
+    ClearRequest,
     Commit,
     Lent,
     LookupReply,
@@ -243,6 +245,14 @@ class EngineCache:
                 connection.tell(ReadDone(retrieved.lease))
             if done == kv.shape[2] or not retrieved.shards:  # no shards: the rest was evicted meanwhile
                 return done, kv[:, :, :done] if done else None
+
+    def clear(self) -> int:
+        """Have the instance forget what it holds of this model and layout, but for what is pinned or being handed over.
+
+        Returns:
+            How many tokens were forgotten: those of all chunks.
+        """
+        return self._attached().ask(ClearRequest(), Cleared).num_tokens
 
     def close(self) -> None:
         """Detach; what was stored stays. A call that another thread is in ends with `NodeUnreachableError`."""

@@ -16,6 +16,7 @@ from p2pkv.core import effects
 from p2pkv.core.effects import ENGINE_STAGE
 from p2pkv.core.events import (
     EngineAttached,
+    EngineClearRequested,
     EngineLost,
     LookupRequested,
     ReadEnded,
@@ -33,6 +34,8 @@ from p2pkv.wire.engine import (
     ENGINE_PROTOCOL_VERSION,
     Attach,
     Attached,
+    Cleared,
+    ClearRequest,
     Commit,
     EngineReply,
     EngineRequest,
@@ -185,6 +188,8 @@ class _Engine:
                     await _send(connection, await self._commit(request.lease))
                 case RetrieveRequest():
                     await _send(connection, *await self._retrieve(request))
+                case ClearRequest():
+                    await _send(connection, await self._clear())
                 case ReadDone():
                     self._driver.handle(ReadEnded(self._client, request.lease))
                 case Attach():
@@ -264,6 +269,11 @@ class _Engine:
         shards = tuple(islice(wanted, MAX_FRAME_DESCRIPTORS))
         descriptors = [self._memory.descriptors(shard.key)[answer.worker] for shard in shards]
         return Retrieved(answer.lease, answer.num_tokens, shards), descriptors
+
+    async def _clear(self) -> Cleared:
+        count = await self._driver.request(partial(EngineClearRequested, client=self._client))
+        assert isinstance(count, int)
+        return Cleared(count)
 
     def _end_lease(self, lease: str) -> None:
         for shard in self._leases.pop(lease):

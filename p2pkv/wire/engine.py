@@ -100,6 +100,11 @@ class RetrieveRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ClearRequest:
+    """Forget all chunks of my namespace. Answered with `Cleared`."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReadDone:
     """I have copied what I retrieved under this lease. Not answered."""
 
@@ -173,14 +178,21 @@ class Retrieved:
 
 
 @dataclass(frozen=True, slots=True)
+class Cleared:
+    """So many tokens are forgotten: of all chunks that are neither pinned nor being handed over."""
+
+    num_tokens: Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """No, and why. After a `protocol_error` the node closes the connection."""
 
     failure: Failure
 
 
-EngineRequest = Attach | LookupRequest | StoreRequest | Commit | RetrieveRequest | ReadDone
-EngineReply = Attached | LookupReply | Lent | Stored | Retrieved | Refused
+EngineRequest = Attach | LookupRequest | StoreRequest | Commit | RetrieveRequest | ReadDone | ClearRequest
+EngineReply = Attached | LookupReply | Lent | Stored | Retrieved | Cleared | Refused
 
 
 @cache

@@ -25,10 +25,9 @@ TCP_BATCH = Room(nbytes=2**28, descriptors=240)
 
 def routes_between(source: MemberRecord, target: MemberRecord) -> list[Route]:
     """By handoff where both ends are on one host, else over TCP."""
-    is_same_host = (
-        target.handoff is not None and source.handoff is not None and target.handoff.host_id == source.handoff.host_id
-    )
-    routes = (source.handoff if is_same_host else None, source.transfer)
+    theirs, mine = source.handoff, target.handoff
+    is_same_host = mine is not None and theirs is not None and mine.host_id == theirs.host_id
+    routes = (theirs if is_same_host else None, source.transfer)
     return [route for route in routes if route is not None]
 
 
@@ -130,7 +129,7 @@ class Fetching:
         if event.fetched:
             move.lane = Lane.HANDOFF if isinstance(move.routes[0], HandoffAddress) else Lane.TCP
         if move.lane is Lane.TCP:
-            self.tcp_rate.learn(move.nbytes - nbytes_before, now - move.batch_at)
+            self.tcp_rate.learn(move.nbytes - nbytes_before, now - move.batch_at, now)
         if event.failure is not None:
             move.problem = event.failure
             move.pending.clear()
