@@ -186,6 +186,7 @@ class NodeConfig(BaseModel):
         leave_s: How long a leaving node may take to end its moves, seconds.
         move_deadline_s: A move ends by then, seconds from its start.
         lease_s: A lease that isn't renewed ends by then, seconds.
+        peer_fetch: True: what an engine looks up and isn't held here is fetched from a peer that holds it.
         zone: Where the instance stands, in the operator's words.
         warnings: No key: sentences about keys that were given and have no effect, to be logged at the start.
 
@@ -227,7 +228,7 @@ class NodeConfig(BaseModel):
     allowed_peer_networks: Annotated[tuple[Network, ...] | None, BeforeValidator(items), Field(max_length=256)] = None
     move_deadline_s: Seconds = 600.0
     lease_s: Seconds = 30.0
-    peer_fetch: Annotated[bool, _not_yet(False)] = False
+    peer_fetch: bool = False
     zone: Annotated[str, Field(max_length=512)] = ""
     gossip: Annotated[object, _not_yet(None)] = None
     warnings: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from p2pkv.core.moves.source_move import SourceMove
 from p2pkv.core.moves.tables import SourceInput, SourceState
 from p2pkv.core.moves.target import TargetMoves
 from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
 from p2pkv.core.residency import Outgoing, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
@@ -241,9 +242,9 @@ def takes_without_owning(_right: Method) -> Method:
 def trusts_the_lane(right: Method) -> Method:
     """The target takes what the lane couldn't verify for verified."""
 
-    def ended(self: Fetching, move: TargetMove, event: FetchEnded) -> None:
+    def ended(self: Fetching, move: TargetMove, event: FetchEnded, now: float) -> None:
         keys = tuple(residency.chunk.key for residency in self._incoming(move, is_verified=False))
-        right(self, move, replace(event, fetched=keys))
+        right(self, move, replace(event, fetched=keys), now)
 
     return ended
 
@@ -256,6 +257,25 @@ def drops_from_a_lost_source(_right: Method) -> Method:
             self._close(move, now)
 
     return source_lost
+
+
+def flies_twice(_right: Method) -> Method:
+    """A lookup starts a flight for what another one is bringing."""
+
+    def flight_with(_self: PeerFetches, _miss: object) -> None:
+        return None
+
+    return flight_with
+
+
+def awaits_flights(right: Method) -> Method:
+    """A lookup is told to wait for a flight as long as it is under way."""
+
+    def is_coming(self: PeerFetches, miss: Any, now: float) -> bool:
+        is_awaited: bool = right(self, miss, now)
+        return is_awaited or self._flight_with(miss) is not None
+
+    return is_coming
 
 
 # --- what is held ---------------------------------------------------------------------------------------------------------
@@ -341,5 +361,7 @@ MUTANTS = {
         Mutant("S5", "crowded", holdings, "find_victims", evicts_prefixes_first),
         Mutant("S7", "crowded", Residency, "is_pinned", evicts_what_is_pinned),
         Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
+        Mutant("R4", "peer_fetch", PeerFetches, "_flight_with", flies_twice),
+        Mutant("R5", "peer_fetch", PeerFetches, "_is_coming", awaits_flights),
     )
 }

@@ -7,12 +7,23 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from itertools import pairwise
 
-from p2pkv.core.effects import Answer, Effect, EventChanged, OpenLink, ReleaseReason, Retrieved, SendMessage
-from p2pkv.core.events import EngineLost, Event, MessageReceived, ReadEnded
+from p2pkv.core.effects import (
+    Answer,
+    Effect,
+    EventChanged,
+    FetchChunks,
+    MemberChanged,
+    OpenLink,
+    ReleaseReason,
+    Retrieved,
+    SendMessage,
+)
+from p2pkv.core.events import EngineLost, Event, FetchEnded, MessageReceived, ReadEnded, RouteRefused
 from p2pkv.core.ids import Address, EventId, InstanceId
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import InventoryRequest, Message, Take, TakeAnswer
+from p2pkv.core.messages import InventoryRequest, Message, PlanAnswer, PlanRequest, Take, TakeAnswer
 from p2pkv.core.records import EventRecord, EventState, Operation
+from sims.flights import Flights
 from sims.ledger import Ledger, PromiseBrokenError
 from sims.network import Clock
 from sims.pins import Pins
@@ -28,6 +39,7 @@ class Promises:
     def __init__(self, clock: Clock, *, move_deadline_s: float, lease_s: float) -> None:
         self.ledger = Ledger()
         self.pins = Pins(clock, self.ledger)
+        self.flights = Flights(clock, self.ledger)
         self.sightings = Sightings(clock)
         self._clock = clock
         self._move_deadline_s = move_deadline_s
@@ -62,6 +74,10 @@ class Promises:
                 if attempt is not None:
                     owned = (*answer.taken, *answer.already_there)
                     self._may_free = {key: None for key in owned if key in attempt.released}
+            case MessageReceived(message=PlanAnswer(event=None) as refusal):
+                self.flights.refused(instance, refusal.event_id)
+            case FetchEnded() | RouteRefused():
+                self.flights.fetch_ended(instance, event.event_id)
             case ReadEnded():
                 self._reading.pop((instance, event.lease), None)
             case EngineLost():
@@ -71,6 +87,7 @@ class Promises:
         """An instance crashed or left: all that it owned is gone with it."""
         self.ledger.ended(instance, self._clock.now, how)
         self.pins.ended(instance)
+        self.flights.ended(instance)
         self.sightings.ended(instance, how)
         self._stop_reading(instance)
 
@@ -87,7 +104,12 @@ class Promises:
                 self._sent(instance, effect.message)
             case OpenLink():
                 self._dialed(instance, effect.address)
+            case FetchChunks():
+                self.flights.fetch_begins(instance, effect.event_id, effect.chunks)
+            case MemberChanged():
+                self.flights.lost(instance, effect.member.instance)
             case EventChanged():
+                self.flights.told(instance, effect.event)
                 self._changed(instance, effect.event)
             case Answer(value=Retrieved() as retrieved) if retrieved.lease:
                 keys = frozenset(shard.key for shard in retrieved.shards)
@@ -104,6 +126,8 @@ class Promises:
         match message:
             case InventoryRequest(generation=0, sequence=0):
                 raise self._broken("I2", f"{sender} finds that its view of an inventory is wrong")
+            case PlanRequest():
+                self.flights.asked(sender, message)
             case Take():
                 seen = self.sightings.moves[message.event_id]
                 if seen.record is None or seen.record.operation is not Operation.MOVE:

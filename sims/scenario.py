@@ -79,6 +79,7 @@ class Operations(_Part):
     Attributes:
         stores: An engine stores a prompt.
         reads: An engine reads a prompt.
+        lookups: An engine looks a prompt up, waits for what comes, and reads it.
         moves: A user moves a prompt, or everything.
         copies: A user copies one.
         pins: A user pins one somewhere, half of the times for some seconds only.
@@ -90,6 +91,7 @@ class Operations(_Part):
 
     stores: Count = 27
     reads: Count = 10
+    lookups: Count = 0
     moves: Count = 21
     copies: Count = 7
     pins: Count = 0
@@ -106,6 +108,7 @@ class Scenario(_Part):
         description: One line for people.
         instances: How many.
         capacity: Chunks that each can hold.
+        peer_fetch: Whether lookups fetch from peers what they miss.
         duration_s: Virtual time in which everything is asked for.
         prompts: What it is about.
         operations: What is asked for.
@@ -117,6 +120,7 @@ class Scenario(_Part):
     description: str
     instances: Annotated[int, Ge(2), Le(64)] = 3
     capacity: PositiveCount = 40
+    peer_fetch: bool = False
     duration_s: Annotated[float, Gt(0), Le(3600)] = 20.0
     prompts: Prompts = Prompts()
     operations: Operations = Operations()

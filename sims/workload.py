@@ -63,6 +63,7 @@ class Workload:
     def _schedule_operations(self) -> None:
         counts = self._scenario.operations
         operations: list[Callable[[], None]] = [self._store] * counts.stores + [self._read] * counts.reads
+        operations += [self._look_up] * counts.lookups
         operations += [partial(self._move, Operation.MOVE)] * counts.moves + [
             partial(self._move, Operation.COPY)
         ] * counts.copies
@@ -94,6 +95,9 @@ class Workload:
 
     def _read(self) -> None:
         self._world.engines[self._name()].read(self._rng.choice(self.prompts))
+
+    def _look_up(self) -> None:
+        self._world.engines[self._name()].look_up(self._rng.choice(self.prompts))
 
     def _move(self, operation: Operation) -> None:
         old = Position(self._name(), Location.LOCAL_CPU)

@@ -94,7 +94,6 @@ def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> 
         "tls_key: /k",
         "tls_ca: /a",
         "transfer_streams: 4",
-        "peer_fetch: true",
         "gossip: {probe_s: 1}",
     ],
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from p2pkv.core.ids import Address, EventId, LinkId, Position, RequestId
+from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Position, RequestId
 from p2pkv.core.keys import ChunkKey, Identity, Namespace, TokenBytes
 from p2pkv.core.messages import Message
 from p2pkv.core.records import Operation, Pinning, Selection
@@ -127,6 +127,23 @@ class EngineAttached:
 
 
 @dataclass(frozen=True, slots=True)
+class LookupRequested:
+    """An engine asks how much of a prompt is held here. Answered with a `Found`.
+
+    Attributes:
+        source: An instance that is said to hold it; None when the view is to say who does.
+        prefill_tokens_per_s: How fast the engine computes; None when it doesn't say.
+    """
+
+    request: RequestId
+    client: ClientId
+    identity: Identity
+    tokens: TokenBytes
+    source: InstanceId | None
+    prefill_tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class StoreRequested:
     """An engine wants a prompt's chunks from token `first_token` on to be held. Answered with a `Lent`."""
 
@@ -158,6 +175,14 @@ class RetrieveRequested:
     client: ClientId
     identity: Identity
     tokens: TokenBytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineClearRequested:
+    """An engine wants all chunks of its namespace to be forgotten. Answered with the count of tokens that were held."""
+
+    request: RequestId
+    client: ClientId
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +233,11 @@ Event = (
     | PinRequested
     | LeaveRequested
     | EngineAttached
+    | LookupRequested
     | StoreRequested
     | ShardsSealed
     | RetrieveRequested
+    | EngineClearRequested
     | ReadEnded
     | EngineLost
     | FetchEnded

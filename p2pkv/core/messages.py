@@ -140,7 +140,11 @@ class InventoryPage:
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """Coordinator to source: make this move. A repeat of an `event_id` is answered like the first."""
+    """Coordinator to source: make this move. A repeat of an `event_id` is answered like the first.
+
+    `reader` is the namespace, by digest, of an engine that waits for the chunks: no others are of use to it, and what it waits
+    for is in use. None for what users ask for.
+    """
 
     event_id: EventId
     old_position: Position
@@ -150,6 +154,7 @@ class PlanRequest:
     tokens: TokenBytes
     identity: Identity
     model: Annotated[str, Len(1, 512)] | None
+    reader: Annotated[bytes, Len(16, 16)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,24 @@ from math import inf
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import ENGINE_STAGE, DropStaged, Lent, LentShard, Retrieved, RetrievedShard
-from p2pkv.core.events import ClientId, EngineAttached, EngineLost, ReadEnded, RetrieveRequested, ShardsSealed, StoreRequested
+from p2pkv.core.events import (
+    ClientId,
+    EngineAttached,
+    EngineClearRequested,
+    EngineLost,
+    ReadEnded,
+    RetrieveRequested,
+    ShardsSealed,
+    StoreRequested,
+)
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, Location
 from p2pkv.core.keys import (
     TOKEN_NBYTES,
     ChunkKey,
-    Identity,
     Namespace,
-    TokenBytes,
     chunk_key,
+    namespace_digest,
     token_count,
 )
 from p2pkv.core.outbox import Outbox
@@ -97,10 +105,13 @@ class Serving:
         self._clients[event.client] = _Client(namespace, shard)
         self._outbox.answer(event.request, None)
 
-    def lookup(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
+    def namespace_of(self, client: ClientId) -> Namespace:
+        """What an engine attached with."""
+        return self._clients[client].namespace
+
+    def held_tokens(self, prompt: Prompt) -> int:
         """Tokens of the longest prefix that is held here, token by token."""
-        attached = self._clients[client]
-        return _end_of(self._book.match(prompt_of(attached.namespace, identity, tokens)))
+        return _end_of(self._book.match(prompt))
 
     # --- store ------------------------------------------------------------------------------------------------------------
 
@@ -214,6 +225,11 @@ class Serving:
         )
         answer = Retrieved(name, client.shard, self._book.location, _end_of(matches), tuple(shards))
         self._outbox.answer(event.request, answer)
+
+    def clear(self, event: EngineClearRequested, now: float) -> None:
+        """Forget all chunks of the engine's namespace that may go."""
+        namespace = namespace_digest(self._clients[event.client].namespace)
+        self._outbox.answer(event.request, self._holdings.clear(self._book, now, namespace))
 
     def read_ended(self, event: ReadEnded) -> None:
         """An engine needs what it read no longer."""

@@ -82,6 +82,11 @@ class NodeProcess:
         with EngineCache.attach(NodeConfig.from_yaml(self.config), model=model, layout=layout) as cache:
             cache.store(tokens, torch.rand(layout.shape(len(tokens))), identity=Identity(cache_salt=salt))
 
+    def kill(self) -> None:
+        """End the process without a word."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         """End the process, which is waited for, and the client."""
         self._http.close()

@@ -144,6 +144,7 @@ WRONG = {
     "insecure_network": ("maybe", "valid boolean"),
     "move_deadline_s": ("0", "greater than 0"),
     "lease_s": ("-1", "greater than 0"),
+    "peer_fetch": ("maybe", "valid boolean"),
     "zone": ("5", "valid string"),
 }
 """For each key a wrong value, and what is said of it."""
@@ -153,7 +154,6 @@ NOT_YET = {
     "tls_key": "/key",
     "tls_ca": "/ca",
     "transfer_streams": "4",
-    "peer_fetch": "true",
     "gossip": "{probe_s: 1}",
 }
 
@@ -200,7 +200,6 @@ async def test_what_these_keys_have_as_their_default_may_be_written(write: Write
         "max_local_disk_size: 0",
         "transfer_streams: auto",
         "transfer_rate_limit: null",
-        "peer_fetch: false",
     )
     async with opened(write("a", *lines, "cache_policy: LRU")) as (a,):
         assert await ask(a, "GET", "/readyz") == {}
@@ -226,6 +225,26 @@ async def test_the_defaults_are_those_of_the_table(write: Write, runtime_dir: Pa
         assert (runtime_dir / "p2pkv" / "a" / "card.json").exists()
         moved = await move(b, PROMPT)
         assert (await ask(b, "GET", f"/events/{moved['event_id']}"))["lane"] == "handoff"
+
+
+async def test_peer_fetch_brings_what_an_engine_misses(write: Write) -> None:
+    async with joined(write("a"), write("b"), write("c", "peer_fetch: true")) as (a, b, c):
+        await store(a, PROMPT)
+        for node in (b, c):
+            await until(partial(finds, node, PROMPT, "a"))
+        assert [await retrieved(node, PROMPT) for node in (b, c)] == [0, 300]
+
+
+async def finds(node: Node, tokens: list[int], holder: str) -> bool:
+    return holder in (await ask(node, "POST", "/lookup", tokens=tokens))["layout_info"]
+
+
+async def retrieved(node: Node, tokens: list[int]) -> int:
+    def attach_and_retrieve() -> int:
+        with EngineCache.attach(node.config, model="tiny", layout=LAYOUT) as cache:
+            return cache.retrieve(tokens)[0]
+
+    return await trio.to_thread.run_sync(attach_and_retrieve)
 
 
 # --- what is held ---------------------------------------------------------------------------------------------------------

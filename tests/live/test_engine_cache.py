@@ -193,6 +193,15 @@ def test_what_does_not_fit_is_cut_off_at_the_end_and_what_fits_nowhere_raises(co
         cache.store([1, 2, 3, 4], kv_of([1, 2, 3, 4], huge))
 
 
+def test_a_model_is_cleared_and_others_are_not(config: Path, cache: EngineCache) -> None:
+    tokens = list(range(10))
+    with EngineCache.attach(config, model="another", layout=LAYOUT) as other:
+        for each in (cache, other):
+            each.store(tokens, kv_of(tokens))
+        assert cache.clear() == 10
+        assert (cache.lookup(tokens), cache.clear(), other.lookup(tokens)) == (0, 0, 10)
+
+
 # --- workers --------------------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,7 @@ async def driver() -> AsyncIterator[Driver]:
         move_deadline_s=60.0,
         lease_s=30.0,
         leave_s=2.0,
+        peer_fetch=False,
         wall_offset_s=0.0,
     )
     store = CpuStore()

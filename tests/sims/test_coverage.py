@@ -58,6 +58,8 @@ def test_ownership_ends_in_every_way(how: str) -> None:
         "gone answer",
         "lane failed",
         "later attempt",
+        "lookup waited",
+        "lookup waited in vain",
         "manifest page",
         "move ended: instance_unreachable",
         "move ended: leaving",

@@ -41,13 +41,15 @@ def unknown_location(position: Position, known: Iterable[Location]) -> Failure:
 
 
 def find_manifest(request: PlanRequest, book: Residencies, namespaces: dict[bytes, Namespace]) -> Manifest:
-    """The chunks that `request` takes from `book`: nothing is leased yet.
+    """The chunks that `request` takes from `book`, those of its `reader` alone if it has one: nothing is leased yet.
 
     With tokens: their prefix (`find_prefix`). With `Selection.ALL`: everything that is owned, but for what hangs in the air
     because its prefix is gone.
     """
+    if request.reader is not None:
+        namespaces = {digest: each for digest, each in namespaces.items() if digest == request.reader}
     if request.selection is Selection.ALL:
-        held = [each for each in book if each.slot is None and _is_of(namespaces[each.chunk.namespace], request.model)]
+        held = [each for each in book if each.slot is None and _is_of(namespaces.get(each.chunk.namespace), request.model)]
         rooted: dict[ChunkKey, Residency] = {}
         for each in sorted(held, key=lambda each: (each.chunk.start, each.chunk.key)):
             if not each.chunk.start or each.chunk.parent in rooted:
@@ -73,8 +75,8 @@ def find_prefix(
     return best
 
 
-def _is_of(namespace: Namespace, model: str | None) -> bool:
-    return model is None or namespace.model == model
+def _is_of(namespace: Namespace | None, model: str | None) -> bool:
+    return namespace is not None and model in (None, namespace.model)
 
 
 def namespace_problem(wanted: Iterable[Namespace], target: MemberRecord) -> Failure | None:

@@ -135,7 +135,7 @@ class SourceMoves:
             manifest=manifest.chunks,
             ticket=self._rng.randbytes(32),
             target_generation=target_generation,
-            idle_s=now - max(residency.used_at for residency in manifest.residencies),
+            idle_s=0.0 if request.reader is not None else now - max(residency.used_at for residency in manifest.residencies),
             deadline=deadline,
             silent_by=now + self._config.lease_s,
             resend_at=now + RESEND_S,

@@ -25,6 +25,7 @@ from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.plan import unknown_location
 from p2pkv.core.moves.tables import TARGET, TargetInput, TargetState
 from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.records import ChunkCounts, EventRecord, Operation, end_state
 from p2pkv.core.residency import Incoming
@@ -142,6 +143,11 @@ class TargetMoves:
         failure = Failure(ErrorCode.PROTOCOL_ERROR, f"Instance {move.source!r} broke the protocol: {reason}.")
         self._refuse(move.offer, move.source, failure)
 
+    @property
+    def tcp_rate(self) -> TcpRate:
+        """How fast bytes come here over TCP."""
+        return self._fetching.tcp_rate
+
     def is_open(self, event_id: EventId) -> bool:
         """Whether this end of a move is under way."""
         return event_id in self._open
@@ -167,7 +173,7 @@ class TargetMoves:
     def fetch_ended(self, event: FetchEnded, now: float) -> None:
         """The lane has brought a batch, or failed to."""
         move = self._open[event.event_id]
-        self._fetching.ended(move, event)
+        self._fetching.ended(move, event, now)
         self._go_on(move, now)
 
     def route_refused(self, event: RouteRefused, now: float) -> None:
