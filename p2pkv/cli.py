@@ -298,7 +298,7 @@ def clear(
     via: Via = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forget everything that an instance holds at a location."""
+    """Forget everything that an instance holds at a location, but what is pinned."""
     from p2pkv.commands.arguments import parse_position
     from p2pkv.commands.client import open_client
     from p2pkv.commands.output import clear_text, show
@@ -306,6 +306,55 @@ def clear(
     instance, location = parse_position(position)
     with open_client(via, os.environ) as client:
         show(client.call("POST", "/clear", {"instance_id": instance, "location": location}), clear_text, as_json=as_json)
+
+
+@app.command(
+    epilog=_example(
+        "p2pkv pin lmcache_instance_1/LocalCPUBackend --tokens 1,2,3,4 --ttl 3600",
+        "p2pkv pin lmcache_instance_1/LocalCPUBackend --tokens-file prompt.json",
+    )
+)
+def pin(
+    position: Annotated[str, typer.Argument(metavar="INSTANCE/LOCATION", show_default=False)],
+    *,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    ttl: Annotated[float | None, typer.Option(metavar="S", help="Seconds it lasts; left out: until p2pkv unpin.")] = None,
+    model: Model = None,
+    cache_salt: Salt = "",
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the longest prefix of a prompt that an instance holds from eviction; a move takes the pin along."""
+    from p2pkv.commands.arguments import pin_body
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import pin_text, show
+
+    body = pin_body(position, tokens, tokens_file, ttl_s=ttl, model=model, cache_salt=cache_salt)
+    with open_client(via, os.environ) as client:
+        show(client.call("POST", "/pin", body), pin_text, as_json=as_json)
+
+
+@app.command(epilog=_example("p2pkv unpin lmcache_instance_1/LocalCPUBackend --tokens 1,2,3,4"))
+def unpin(
+    position: Annotated[str, typer.Argument(metavar="INSTANCE/LOCATION", show_default=False)],
+    *,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    ttl: Annotated[float | None, typer.Option(metavar="S", help="Seconds it lasts still; left out: it ends at once.")] = None,
+    model: Model = None,
+    cache_salt: Salt = "",
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let what was pinned of a prompt be evicted again; one unpin ends all its pins."""
+    from p2pkv.commands.arguments import pin_body
+    from p2pkv.commands.client import open_client
+    from p2pkv.commands.output import show, unpin_text
+
+    body = pin_body(position, tokens, tokens_file, ttl_s=ttl, model=model, cache_salt=cache_salt)
+    with open_client(via, os.environ) as client:
+        show(client.call("POST", "/unpin", body), unpin_text, as_json=as_json)
 
 
 @app.command(epilog=_example("p2pkv health lmcache_instance_1"))

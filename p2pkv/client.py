@@ -132,9 +132,46 @@ class Client:
         return await self._call(FullLookupReply, "POST", "/full_lookup", _prompt(tokens, model, cache_salt))
 
     async def clear(self, position: Position) -> ChangedReply:
-        """Forget everything at a position; tells how many tokens that were."""
+        """Forget everything at a position that isn't pinned; tells how many tokens that were."""
         instance, location = position
         return await self._call(ChangedReply, "POST", "/clear", {"instance_id": instance, "location": location})
+
+    async def pin(
+        self,
+        position: Position,
+        tokens: Sequence[int],
+        *,
+        ttl_s: float | None = None,
+        model: str | None = None,
+        cache_salt: str = "",
+    ) -> ChangedReply:
+        """Keep the longest prefix of a prompt held at a position from eviction; tells how many tokens are pinned now.
+
+        Args:
+            position: Where.
+            tokens: The prompt's token ids.
+            ttl_s: How long it lasts, at most ten years; until `unpin` when left out. Of several pins the longest counts.
+            model: Whose cache; only needed when an instance serves several.
+            cache_salt: The salt that the prompt was stored with.
+        """
+        return await self._pin("/pin", position, ttl_s, _prompt(tokens, model, cache_salt))
+
+    async def unpin(
+        self,
+        position: Position,
+        tokens: Sequence[int],
+        *,
+        ttl_s: float | None = None,
+        model: str | None = None,
+        cache_salt: str = "",
+    ) -> ChangedReply:
+        """End the pins of a prompt at a position, now or in `ttl_s` seconds; tells how many tokens were pinned."""
+        return await self._pin("/unpin", position, ttl_s, _prompt(tokens, model, cache_salt))
+
+    async def _pin(self, path: str, position: Position, ttl_s: float | None, prompt: dict[str, Any]) -> ChangedReply:
+        instance, location = position
+        body = {"instance_id": instance, "location": location, "ttl_s": ttl_s, **prompt}
+        return await self._call(ChangedReply, "POST", path, body)
 
     async def health(self, instance: str) -> HealthReply:
         """How an instance's workers are."""

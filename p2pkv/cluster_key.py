@@ -23,8 +23,6 @@ USER_KEY_NAME = "~key"
 """In the user's folder of a cluster, where instances have folders too; but none has a `~` in its name."""
 _HASH_NBYTES = 32
 _SALT = b"p2pkv cluster key 1"
-_NO_INSTANCE = {"P2PKV_LMCACHE_INSTANCE_ID": "client", "P2PKV_LMCACHE_WORKER_PORT": "1"}
-"""A client is no instance, and a configuration can't do without: of all that it says, only the key counts here."""
 
 
 class Purpose(Enum):
@@ -133,7 +131,7 @@ def key_of_client(environ: Mapping[str, str]) -> ClusterKey | None:
     names = ("P2PKV_CONFIG_FILE", "LMCACHE_CONFIG_FILE", "P2PKV_CLUSTER_KEY", "P2PKV_CLUSTER_KEY_FILE")
     if not any(environ.get(name) for name in names):
         return None
-    return configured_key(NodeConfig.from_environ({**_NO_INSTANCE, **environ}))
+    return configured_key(NodeConfig.of_client(environ))
 
 
 def _link_unless_there(draft: Path, path: Path) -> None:

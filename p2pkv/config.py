@@ -141,6 +141,7 @@ def _not_yet(*known: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+_NO_INSTANCE = {"P2PKV_LMCACHE_INSTANCE_ID": "client", "P2PKV_LMCACHE_WORKER_PORT": "1"}
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 Name = Annotated[str, AfterValidator(_name)]
@@ -185,6 +186,7 @@ class NodeConfig(BaseModel):
         leave_s: How long a leaving node may take to end its moves, seconds.
         move_deadline_s: A move ends by then, seconds from its start.
         lease_s: A lease that isn't renewed ends by then, seconds.
+        peer_fetch: True: what an engine looks up and isn't held here is fetched from a peer that holds it.
         zone: Where the instance stands, in the operator's words.
         warnings: No key: sentences about keys that were given and have no effect, to be logged at the start.
 
@@ -200,7 +202,7 @@ class NodeConfig(BaseModel):
     chunk_size: Annotated[int, BeforeValidator(_number), Field(ge=1, le=65536)] = 256
     local_cpu: bool = True
     max_local_cpu_size: Gibibytes = 5.0
-    local_disk: Annotated[object, _not_yet(None)] = None
+    local_disk: Annotated[object, _not_yet(None, False)] = None
     max_local_disk_size: Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] = 0.0
     cache_policy: Literal["LRU"] = "LRU"
     cache_epoch: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63)] = 0
@@ -226,7 +228,7 @@ class NodeConfig(BaseModel):
     allowed_peer_networks: Annotated[tuple[Network, ...] | None, BeforeValidator(items), Field(max_length=256)] = None
     move_deadline_s: Seconds = 600.0
     lease_s: Seconds = 30.0
-    peer_fetch: Annotated[bool, _not_yet(False)] = False
+    peer_fetch: bool = False
     zone: Annotated[str, Field(max_length=512)] = ""
     gossip: Annotated[object, _not_yet(None)] = None
     warnings: tuple[str, ...] = ()
@@ -249,6 +251,15 @@ class NodeConfig(BaseModel):
         """
         path = environ.get("P2PKV_CONFIG_FILE") or environ.get("LMCACHE_CONFIG_FILE")
         return cls.from_yaml(path, environ) if path else cls._from_layers({}, environ, source="the environment")
+
+    @classmethod
+    def of_client(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """As `from_environ`, for who is no instance: a name and a port of its own aren't asked for, and mean nothing.
+
+        Raises:
+            ConfigError: As `from_yaml`.
+        """
+        return cls.from_environ({**_NO_INSTANCE, **environ})
 
     @classmethod
     def of_controller(cls, *, host: str, port: int, monitor_port: int, environ: Mapping[str, str] = os.environ) -> Self:

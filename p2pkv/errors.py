@@ -32,6 +32,7 @@ class ErrorCode(StrEnum):
     PROTOCOL_ERROR = "protocol_error"
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
+    NOT_IMPLEMENTED = "not_implemented"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,12 @@ class AccessDeniedError(FailureError):
     """Show a token, or the full one instead of the read-only one. Nothing was done."""
 
     codes = (ErrorCode.UNAUTHORIZED, ErrorCode.FORBIDDEN)
+
+
+class NotOfferedError(FailureError):
+    """p2pkv doesn't do this at all; `detail` says what to do instead. Nothing was done."""
+
+    codes = (ErrorCode.NOT_IMPLEMENTED,)
 
 
 class UnavailableError(FailureError):

@@ -209,6 +209,7 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         move_deadline_s=config.move_deadline_s,
         lease_s=config.lease_s,
         leave_s=config.leave_s,
+        peer_fetch=config.peer_fetch,
         wall_offset_s=time.time() - trio.current_time(),
     )
     # Tickets come from this generator: a seeded one would give itself away in the ids of 312 events.

@@ -6,9 +6,18 @@ from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from p2pkv.core.effects import ENGINE_STAGE, AnswerValue, Lent, Retrieved
-from p2pkv.core.events import EngineAttached, EngineLost, ReadEnded, RetrieveRequested, ShardsSealed, StoreRequested
+from p2pkv.core.effects import ENGINE_STAGE, AnswerValue, Found, Lent, Retrieved
+from p2pkv.core.events import (
+    EngineAttached,
+    EngineLost,
+    LookupRequested,
+    ReadEnded,
+    RetrieveRequested,
+    ShardsSealed,
+    StoreRequested,
+)
 from p2pkv.core.keys import TOKEN_NBYTES, ChunkKey, Identity, Namespace, TokenBytes, chunk_key, root_key, token_count
+from p2pkv.errors import Failure
 from sims.ledger import PromiseBrokenError
 
 if TYPE_CHECKING:
@@ -27,6 +36,9 @@ NAMESPACE = Namespace(
 )
 HANG_S = 12.0
 """Longer than any lease: what it commits then, it has lost."""
+POLL_S = 0.01
+WAIT_MAX_S = 2.0
+"""For flights: ten times what is waited for one, as another may bring what has changed meanwhile."""
 ROOT = root_key(NAMESPACE, Identity())
 
 
@@ -41,6 +53,16 @@ def chain(tokens: TokenBytes) -> list[ChunkKey]:
     step = NAMESPACE.chunk_size * TOKEN_NBYTES
     for begin in range(0, len(tokens), step):
         keys.append(chunk_key(keys[-1], tokens[begin : begin + step]))
+    return keys
+
+
+def within(tokens: TokenBytes) -> list[ChunkKey]:
+    """Keys of all chunks, partly filled ones included, that may lie wholly inside a prompt."""
+    keys = []
+    step = NAMESPACE.chunk_size * TOKEN_NBYTES
+    for parent, begin in zip(chain(tokens), range(0, len(tokens), step), strict=False):
+        part = tokens[begin : begin + step]
+        keys += [chunk_key(parent, part[:length]) for length in range(TOKEN_NBYTES, len(part) + 1, TOKEN_NBYTES)]
     return keys
 
 
@@ -103,6 +125,29 @@ class Engine:
     def _die(self) -> None:
         self.world.happen(self.node, EngineLost(self.client))
         self.attach()
+
+    def look_up(self, tokens: TokenBytes) -> None:
+        """Look a prompt up until no more of it is coming, and read what is there then."""
+        began_at, client, counts = self.world.clock.now, self.client, self.world.promises.sightings.counts
+
+        def ask() -> None:
+            if client == self.client:
+                lookup = partial(LookupRequested, client=client, identity=Identity(), tokens=tokens, source=None)
+                self.world.request(self.node, partial(lookup, prefill_tokens_per_s=None), answered)
+
+        def answered(found: AnswerValue, _failure: Failure | None) -> None:
+            assert isinstance(found, Found)
+            waited_s = self.world.clock.now - began_at
+            if found.is_fetching and waited_s > WAIT_MAX_S:
+                raise PromiseBrokenError(f"R5: an engine of {self.node.name} has waited {waited_s:.1f} s for a flight")
+            if found.is_fetching:
+                self.world.clock.after(POLL_S, ask)
+            else:
+                counts["lookup waited"] += waited_s > 0
+                counts["lookup waited in vain"] += waited_s > 0 and found.num_tokens < token_count(tokens)
+                self.read(tokens)
+
+        ask()
 
     def read(self, tokens: TokenBytes) -> None:
         """Read the longest prefix of a prompt that is held, and take some time over it."""

@@ -68,6 +68,10 @@ class Ledger:
         ownership = self._current(key, instance)
         return None if ownership is None else ownership.since
 
+    def held_by(self, instance: InstanceId) -> frozenset[ChunkKey]:
+        """All that `instance` owns now."""
+        return frozenset(key for key in self._ownerships if self._current(key, instance) is not None)
+
     def owned_after(self, key: ChunkKey, instance: InstanceId, moment: float) -> bool:
         """Whether `instance` owned `key` at `moment`, or at any time since."""
         ownerships = self._ownerships.get(key, [])

@@ -16,7 +16,7 @@ from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.inventory import InventoryView
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import InventoryDelta, PlanRequest, TakeAnswer
+from p2pkv.core.messages import InventoryDelta, Pin, PlanRequest, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.handover import Handover
 from p2pkv.core.moves.plan import find_manifest
@@ -25,6 +25,7 @@ from p2pkv.core.moves.source_move import SourceMove
 from p2pkv.core.moves.tables import SourceInput, SourceState
 from p2pkv.core.moves.target import TargetMoves
 from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
 from p2pkv.core.residency import Outgoing, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
@@ -216,14 +217,24 @@ def waits_for_ever(_right: Method) -> Method:
     return target_lost
 
 
+def leaves_pins_behind(_right: Method) -> Method:
+    """The source hands over what is pinned as if it weren't."""
+
+    def pins(_self: Handover, _move: SourceMove, _now: float) -> tuple[Pin, ...]:
+        return ()
+
+    return pins
+
+
 # --- the target -----------------------------------------------------------------------------------------------------------
 
 
 def takes_without_owning(_right: Method) -> Method:
     """The target says that it took what it was handed, and doesn't."""
 
-    def own(_self: TargetMoves, move: TargetMove, attempt: int, keys: tuple[ChunkKey, ...], _now: float) -> TakeAnswer:
-        return TakeAnswer(event_id=move.event_id, attempt=attempt, taken=keys, already_there=(), gone=())
+    def own(_self: TargetMoves, move: TargetMove, take: Take, _now: float) -> TakeAnswer:
+        taken = (*take.released, *take.shared)
+        return TakeAnswer(event_id=move.event_id, attempt=take.attempt, taken=taken, already_there=(), gone=())
 
     return own
 
@@ -231,9 +242,9 @@ def takes_without_owning(_right: Method) -> Method:
 def trusts_the_lane(right: Method) -> Method:
     """The target takes what the lane couldn't verify for verified."""
 
-    def ended(self: Fetching, move: TargetMove, event: FetchEnded) -> None:
+    def ended(self: Fetching, move: TargetMove, event: FetchEnded, now: float) -> None:
         keys = tuple(residency.chunk.key for residency in self._incoming(move, is_verified=False))
-        right(self, move, replace(event, fetched=keys))
+        right(self, move, replace(event, fetched=keys), now)
 
     return ended
 
@@ -246,6 +257,25 @@ def drops_from_a_lost_source(_right: Method) -> Method:
             self._close(move, now)
 
     return source_lost
+
+
+def flies_twice(_right: Method) -> Method:
+    """A lookup starts a flight for what another one is bringing."""
+
+    def flight_with(_self: PeerFetches, _miss: object) -> None:
+        return None
+
+    return flight_with
+
+
+def awaits_flights(right: Method) -> Method:
+    """A lookup is told to wait for a flight as long as it is under way."""
+
+    def is_coming(self: PeerFetches, miss: Any, now: float) -> bool:
+        is_awaited: bool = right(self, miss, now)
+        return is_awaited or self._flight_with(miss) is not None
+
+    return is_coming
 
 
 # --- what is held ---------------------------------------------------------------------------------------------------------
@@ -269,13 +299,23 @@ def evicts_what_is_leased(_right: Method) -> Method:
     return is_leased
 
 
+def evicts_what_is_pinned(_right: Method) -> Method:
+    """An instance evicts what is pinned."""
+
+    def is_pinned(_self: Residency, _now: float) -> bool:
+        return False
+
+    return is_pinned
+
+
 def evicts_prefixes_first(_right: Method) -> Method:
     """An instance evicts what others still hang on."""
 
     def find_victims(book: Residencies, need: Room, *, now: float, colder_than: float = inf) -> list[Residency] | None:
         victims, free = [], book.free()
         for residency in sorted(book, key=lambda each: each.chunk.start):
-            is_kept = residency.slot is not None or residency.is_leased(now) or residency.used_at >= colder_than
+            is_needed = residency.slot is not None or residency.is_leased(now) or residency.is_pinned(now)
+            is_kept = is_needed or residency.used_at >= colder_than
             if not need.fits(free) and not is_kept:
                 victims.append(residency)
                 free += room_of(residency.chunk)
@@ -307,6 +347,7 @@ MUTANTS = {
         Mutant("T3", "moves", Handover, "_stays", orphans_children),
         Mutant("T8", "engines", SourceMoves, "keep", ignores_engines),
         Mutant("T10", "moves", SourceMoves, "cancel", cancels_late),
+        Mutant("T11", "crowded", Handover, "_pins", leaves_pins_behind),
         Mutant("E1", "moves", SourceMoves, "_finish", always_done),
         Mutant("F9", "moves", SourceMoves, "_finish", hands_over_copies),
         Mutant("P5", "calm", SourceMoves, "_begin", moves_in_place),
@@ -318,6 +359,9 @@ MUTANTS = {
         Mutant("S4", "crowded", Holdings, "make_room", makes_no_room),
         Mutant("S5", "crowded", Residency, "is_leased", evicts_what_is_leased),
         Mutant("S5", "crowded", holdings, "find_victims", evicts_prefixes_first),
+        Mutant("S7", "crowded", Residency, "is_pinned", evicts_what_is_pinned),
         Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
+        Mutant("R4", "peer_fetch", PeerFetches, "_flight_with", flies_twice),
+        Mutant("R5", "peer_fetch", PeerFetches, "_is_coming", awaits_flights),
     )
 }

@@ -7,14 +7,26 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from itertools import pairwise
 
-from p2pkv.core.effects import Answer, Effect, EventChanged, OpenLink, ReleaseReason, Retrieved, SendMessage
-from p2pkv.core.events import EngineLost, Event, MessageReceived, ReadEnded
+from p2pkv.core.effects import (
+    Answer,
+    Effect,
+    EventChanged,
+    FetchChunks,
+    MemberChanged,
+    OpenLink,
+    ReleaseReason,
+    Retrieved,
+    SendMessage,
+)
+from p2pkv.core.events import EngineLost, Event, FetchEnded, MessageReceived, ReadEnded, RouteRefused
 from p2pkv.core.ids import Address, EventId, InstanceId
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import InventoryRequest, Message, Take, TakeAnswer
+from p2pkv.core.messages import InventoryRequest, Message, PlanAnswer, PlanRequest, Take, TakeAnswer
 from p2pkv.core.records import EventRecord, EventState, Operation
+from sims.flights import Flights
 from sims.ledger import Ledger, PromiseBrokenError
 from sims.network import Clock
+from sims.pins import Pins
 from sims.sightings import Sighting, Sightings
 
 DIALS_A_SECOND = 10
@@ -26,6 +38,8 @@ class Promises:
 
     def __init__(self, clock: Clock, *, move_deadline_s: float, lease_s: float) -> None:
         self.ledger = Ledger()
+        self.pins = Pins(clock, self.ledger)
+        self.flights = Flights(clock, self.ledger)
         self.sightings = Sightings(clock)
         self._clock = clock
         self._move_deadline_s = move_deadline_s
@@ -60,6 +74,10 @@ class Promises:
                 if attempt is not None:
                     owned = (*answer.taken, *answer.already_there)
                     self._may_free = {key: None for key in owned if key in attempt.released}
+            case MessageReceived(message=PlanAnswer(event=None) as refusal):
+                self.flights.refused(instance, refusal.event_id)
+            case FetchEnded() | RouteRefused():
+                self.flights.fetch_ended(instance, event.event_id)
             case ReadEnded():
                 self._reading.pop((instance, event.lease), None)
             case EngineLost():
@@ -68,6 +86,8 @@ class Promises:
     def ended(self, instance: InstanceId, how: str) -> None:
         """An instance crashed or left: all that it owned is gone with it."""
         self.ledger.ended(instance, self._clock.now, how)
+        self.pins.ended(instance)
+        self.flights.ended(instance)
         self.sightings.ended(instance, how)
         self._stop_reading(instance)
 
@@ -84,7 +104,12 @@ class Promises:
                 self._sent(instance, effect.message)
             case OpenLink():
                 self._dialed(instance, effect.address)
+            case FetchChunks():
+                self.flights.fetch_begins(instance, effect.event_id, effect.chunks)
+            case MemberChanged():
+                self.flights.lost(instance, effect.member.instance)
             case EventChanged():
+                self.flights.told(instance, effect.event)
                 self._changed(instance, effect.event)
             case Answer(value=Retrieved() as retrieved) if retrieved.lease:
                 keys = frozenset(shard.key for shard in retrieved.shards)
@@ -101,6 +126,8 @@ class Promises:
         match message:
             case InventoryRequest(generation=0, sequence=0):
                 raise self._broken("I2", f"{sender} finds that its view of an inventory is wrong")
+            case PlanRequest():
+                self.flights.asked(sender, message)
             case Take():
                 seen = self.sightings.moves[message.event_id]
                 if seen.record is None or seen.record.operation is not Operation.MOVE:
@@ -112,12 +139,20 @@ class Promises:
                             "T1", f"{sender} hands over {key.hex()}, which it doesn't own", message.event_id, key.hex()
                         )
             case TakeAnswer():
-                taken_at = self.sightings.moves[message.event_id].attempts[message.attempt].sent_at
-                for key in (*message.taken, *message.already_there):
+                seen = self.sightings.moves[message.event_id]
+                attempt = seen.attempts[message.attempt]
+                taken_at = attempt.sent_at
+                owned = dict.fromkeys((*message.taken, *message.already_there))
+                for key in owned:
                     if not self.ledger.owned_after(key, sender, taken_at):
                         raise self._broken(
                             "T4", f"{sender} says that it took {key.hex()}, and doesn't own it", message.event_id, key.hex()
                         )
+                if not attempt.is_taken:  # the answer's repeats say nothing of pins: some may have ended since
+                    attempt.is_taken = True
+                    released = {key: None for key in owned if key in attempt.released}
+                    moved = self.pins.handed_over(released, seen.parties.source, sender, sent_at=attempt.sent_at)
+                    self.sightings.counts["pin moved along"] += moved
 
     def admitted(self, key: ChunkKey, instance: InstanceId, stage: str, *, is_right: bool) -> None:
         """Bytes became a resident chunk; `is_right` says whether they were there, and whether they are those of the key."""
@@ -142,9 +177,12 @@ class Promises:
                 rule = "T3" if reason is ReleaseReason.MOVED else "S5"
                 raise self._broken(rule, f"{instance} frees {key.hex()} and keeps what hangs on it", key.hex())
             self.ledger.lost(key, instance, self._clock.now, reason.value)
+            self.pins.gone(key, instance)
 
     def _check_eviction(self, key: ChunkKey, instance: InstanceId) -> None:
-        """S5: nothing that is leased or in a move."""
+        """S5: nothing that is leased, pinned or in a move."""
+        if self.pins.is_pinned(key, instance):
+            raise self._broken("S7", f"{instance} evicts {key.hex()}, which is pinned", key.hex())
         for (reader, lease), (until, read) in self._reading.items():
             if reader == instance and key in read and until > self._clock.now:
                 raise self._broken("S6", f"{instance} evicts {key.hex()}, which an engine reads under {lease}", key.hex())

@@ -79,8 +79,11 @@ class Operations(_Part):
     Attributes:
         stores: An engine stores a prompt.
         reads: An engine reads a prompt.
+        lookups: An engine looks a prompt up, waits for what comes, and reads it.
         moves: A user moves a prompt, or everything.
         copies: A user copies one.
+        pins: A user pins one somewhere, half of the times for some seconds only.
+        unpins: A user unpins one somewhere.
         cancelled_share: Share of moves and copies that a user cancels soon afterwards.
         all_share: Share of moves and copies that take everything at the old position.
         one_by_one: Each has time to end before the next begins; otherwise they come at random times.
@@ -88,8 +91,11 @@ class Operations(_Part):
 
     stores: Count = 27
     reads: Count = 10
+    lookups: Count = 0
     moves: Count = 21
     copies: Count = 7
+    pins: Count = 0
+    unpins: Count = 0
     cancelled_share: Share = 0.1
     all_share: Share = 0.1
     one_by_one: bool = False
@@ -102,6 +108,7 @@ class Scenario(_Part):
         description: One line for people.
         instances: How many.
         capacity: Chunks that each can hold.
+        peer_fetch: Whether lookups fetch from peers what they miss.
         duration_s: Virtual time in which everything is asked for.
         prompts: What it is about.
         operations: What is asked for.
@@ -113,6 +120,7 @@ class Scenario(_Part):
     description: str
     instances: Annotated[int, Ge(2), Le(64)] = 3
     capacity: PositiveCount = 40
+    peer_fetch: bool = False
     duration_s: Annotated[float, Gt(0), Le(3600)] = 20.0
     prompts: Prompts = Prompts()
     operations: Operations = Operations()

@@ -40,10 +40,11 @@ class Role(StrEnum):
 
 @dataclass(slots=True)
 class Attempt:
-    """One Take, from its first sending on; void once an engine has stored anything of it."""
+    """One Take, from its first sending on; taken at its first answer, void once an engine has stored anything of it."""
 
     sent_at: float
     released: dict[ChunkKey, None]
+    is_taken: bool = False
     is_answered: bool = False
     is_void: bool = False
 

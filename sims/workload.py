@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from random import Random
 
-from p2pkv.core.events import CancelRequested, MoveRequested
+from p2pkv.core.effects import AnswerValue
+from p2pkv.core.events import CancelRequested, MoveRequested, PinRequested
 from p2pkv.core.ids import EventId, InstanceId, Location, Position
-from p2pkv.core.keys import Identity, TokenBytes
-from p2pkv.core.records import EventRecord, Operation, Selection
+from p2pkv.core.keys import TOKEN_NBYTES, Identity, TokenBytes
+from p2pkv.core.records import EventRecord, Operation, Pinning, Selection
+from sims.engine import chain, within
 from sims.scenario import Scenario
 from sims.sightings import Phase, Role, Sighting
-from sims.world import LEAVE_S, STALL_MAX_S, World
+from sims.world import LEAVE_S, STALL_MAX_S, Answered, World
 
 PATIENCE_S = 5.0
 """A blow that waits for a move longer than this falls on anyone."""
+PIN_S = (0.5, 8.0)
 BACK_S = (0.05, 8.0)
 """After an end, until the instance is started again: some sooner than their peers have noticed, some long after."""
 PHASES = [phase for phase in Phase if phase is not Phase.ENDED]
@@ -59,9 +63,11 @@ class Workload:
     def _schedule_operations(self) -> None:
         counts = self._scenario.operations
         operations: list[Callable[[], None]] = [self._store] * counts.stores + [self._read] * counts.reads
+        operations += [self._look_up] * counts.lookups
         operations += [partial(self._move, Operation.MOVE)] * counts.moves + [
             partial(self._move, Operation.COPY)
         ] * counts.copies
+        operations += [self._pin] * counts.pins + [self._unpin] * counts.unpins
         self._rng.shuffle(operations)
         for index, operation in enumerate(operations):
             share = index / len(operations) if counts.one_by_one else self._rng.random()
@@ -90,6 +96,9 @@ class Workload:
     def _read(self) -> None:
         self._world.engines[self._name()].read(self._rng.choice(self.prompts))
 
+    def _look_up(self) -> None:
+        self._world.engines[self._name()].look_up(self._rng.choice(self.prompts))
+
     def _move(self, operation: Operation) -> None:
         old = Position(self._name(), Location.LOCAL_CPU)
         new = Position(self._name(), Location.LOCAL_CPU)
@@ -110,6 +119,37 @@ class Workload:
 
     def _cancel(self, event_id: EventId) -> None:
         self._world.request(self._world.nodes[self._name()], partial(CancelRequested, event_id=event_id), lambda *_: None)
+
+    def _pin(self) -> None:
+        name, tokens, asked_at = self._name(), self._rng.choice(self.prompts), self._world.clock.now
+        ttl_s = self._rng.choice([inf, self._rng.uniform(*PIN_S)])
+
+        def answered(value: AnswerValue, _failure: object) -> None:
+            if isinstance(value, int):
+                keys = chain(tokens[: value * TOKEN_NBYTES])[1:]
+                count = self._world.promises.pins.pinned(keys, name, asked_at=asked_at, ttl_s=ttl_s)
+                self._world.promises.sightings.counts["pinned"] += count
+
+        self._ask_pin(name, Pinning.PIN, ttl_s, tokens, answered)
+
+    def _unpin(self) -> None:
+        name, tokens = self._name(), self._rng.choice(self.prompts)
+        unpin = self._world.promises.pins.unpin_asked(within(tokens), name)
+
+        def answered(value: AnswerValue, _failure: object) -> None:
+            if isinstance(value, int):
+                unpin.ended_at = self._world.clock.now
+                self._world.promises.sightings.counts["unpinned"] += value > 0
+
+        self._ask_pin(name, Pinning.UNPIN, 0.0, tokens, answered)
+
+    def _ask_pin(self, name: InstanceId, pinning: Pinning, ttl_s: float, tokens: TokenBytes, answered: Answered) -> None:
+        position = Position(name, Location.LOCAL_CPU)
+        self._world.request(
+            self._world.nodes[self._name()],
+            lambda request: PinRequested(request, position, pinning, ttl_s, tokens, Identity(), model=None),
+            answered,
+        )
 
     # --- blows ------------------------------------------------------------------------------------------------------------
 

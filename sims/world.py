@@ -74,6 +74,7 @@ class World:
         self.false_death_count = 0
         self._addresses = {f"i{index}": Address("virtual", 1 + index) for index in range(scenario.instances)}
         self._capacity = scenario.capacity
+        self._peer_fetch = scenario.peer_fetch
         self._numbers = 0
         self._trace = blake2b(digest_size=16)
         self._recorder = recorder
@@ -112,6 +113,7 @@ class World:
             move_deadline_s=MOVE_DEADLINE_S,
             lease_s=LEASE_S,
             leave_s=LEAVE_S,
+            peer_fetch=self._peer_fetch,
             wall_offset_s=0.0,
         )
         machine = Machine(config, Random(f"{self.seed}:{name}:{config.generation}"), self.clock.now)

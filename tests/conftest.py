@@ -24,6 +24,12 @@ collect_ignore = [] if find_spec("vllm") else ["vllm"]
 """`./dev test --vllm` runs those, in an environment of their own."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/live/test_hostile_frames.py may be told."""
+    parser.addoption("--hostile-frames", type=int, default=300, help="hostile frames to send to each door")
+    parser.addoption("--hostile-seed", default="1", help="other hostile frames")
+
+
 @pytest.fixture
 def runtime_dir() -> Iterator[Path]:
     """An empty 0700 directory, removed afterwards; its path is short, as a unix socket's has at most 107 bytes."""

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from p2pkv.commands import moves
-from p2pkv.commands.arguments import parse_position, parse_tokens
+from p2pkv.commands.arguments import parse_position, parse_tokens, pin_body
 from p2pkv.commands.client import NodeClient
 from p2pkv.commands.output import move_text, table
 from p2pkv.errors import NodeUnreachableError
@@ -30,6 +30,14 @@ def test_no_tokens_are_no_tokens() -> None:
 def test_what_is_no_position_is_wrong_usage(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="INSTANCE/LOCATION"):
         parse_position(text)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ttl_s", "named"), [(None, None, "--tokens"), ("1", 0.0, "--ttl"), ("1", float("nan"), "--ttl")]
+)
+def test_a_pin_needs_tokens_and_lasts_some_time(tokens: str | None, ttl_s: float | None, named: str) -> None:
+    with pytest.raises(typer.BadParameter, match=named):
+        pin_body("a/LocalCPUBackend", tokens, None, ttl_s=ttl_s, model=None, cache_salt="")
 
 
 def test_tables_are_aligned() -> None:

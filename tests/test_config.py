@@ -2,8 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2pkv.config import NodeConfig
 from p2pkv.core.ids import Address
@@ -89,7 +94,6 @@ def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> 
         "tls_key: /k",
         "tls_ca: /a",
         "transfer_streams: 4",
-        "peer_fetch: true",
         "gossip: {probe_s: 1}",
     ],
 )
@@ -234,3 +238,38 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_null_means_the_default(write: Write) -> None:
     config = NodeConfig.from_yaml(write(f"{NEEDED}chunk_size: null\nlocal_disk:\n"), {})
     assert config.chunk_size == 256
+
+
+# --- anything -------------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=9) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(sorted(NodeConfig.model_fields)) | st.text(max_size=20)
+
+
+def take_or_refuse(content: bytes, environ: dict[str, str] | None = None) -> None:
+    with NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        try:
+            config = NodeConfig.from_yaml(file.name, environ or {})
+        except ConfigError:
+            return
+        assert config.lmcache_instance_id
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | st.binary(max_size=60).map(NEEDED.encode().__add__))
+def test_any_bytes_are_a_configuration_or_are_refused(content: bytes) -> None:
+    take_or_refuse(content)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=6))
+def test_any_values_of_any_keys_are_taken_or_refused(values: dict[str, Any]) -> None:
+    take_or_refuse(yaml.dump({"lmcache_instance_id": "a", "lmcache_worker_port": 8002, **values}).encode())
+
+
+@given(st.dictionaries(KEYS.map(lambda key: f"P2PKV_{key.upper()}"), st.text(max_size=30), max_size=6))
+def test_any_variables_are_taken_or_refused(environ: dict[str, str]) -> None:
+    take_or_refuse(NEEDED.encode(), environ)

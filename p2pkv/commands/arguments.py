@@ -1,6 +1,7 @@
 """What users write on the command line, and what it means."""
 
 import re
+from math import inf
 from pathlib import Path
 
 import typer
@@ -36,3 +37,26 @@ def parse_tokens(text: str | None, file: Path | None) -> list[int]:
         return [int(word) for word in words if word]
     except ValueError as error:
         raise typer.BadParameter(f"tokens are numbers, as 1,2,3: {error}") from error
+
+
+def pin_body(
+    position: str, tokens: str | None, tokens_file: Path | None, *, ttl_s: float | None, model: str | None, cache_salt: str
+) -> dict[str, object]:
+    """What `/pin` and `/unpin` take.
+
+    Raises:
+        typer.BadParameter: An argument isn't what it should be, or no tokens are given.
+    """
+    if tokens is None and tokens_file is None:
+        raise typer.BadParameter("give the prompt by --tokens or --tokens-file")
+    if ttl_s is not None and not 0 < ttl_s < inf:
+        raise typer.BadParameter("--ttl takes seconds, more than 0")
+    instance, location = parse_position(position)
+    return {
+        "instance_id": instance,
+        "location": location,
+        "tokens": parse_tokens(tokens, tokens_file),
+        "ttl_s": ttl_s,
+        "model": model,
+        "cache_salt": cache_salt,
+    }

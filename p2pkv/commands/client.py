@@ -8,10 +8,12 @@ from typing import Any
 import httpx2
 
 from p2pkv.cluster_key import access_token
-from p2pkv.errors import NodeUnreachableError
+from p2pkv.config import NodeConfig, parse_address
+from p2pkv.core.ids import Address
+from p2pkv.errors import ConfigError, NodeUnreachableError
 from p2pkv.rendezvous import living_cards, runtime_directory
 
-DEFAULT_SHARED_ADDRESS = "localhost:9000"
+DEFAULT_SHARED_ADDRESS = Address("localhost", 9000)
 DEFAULT_CLUSTER = "p2pkv"
 CONNECT_S = 2.0
 ANSWER_S = 30.0
@@ -65,7 +67,8 @@ def open_client(via: str | None, environ: Mapping[str, str]) -> Iterator[NodeCli
     """A client of the node at `via`, or else of the first that answers: on the shared port, then in the runtime directory.
 
     Raises:
-        ConfigError: The runtime directory, or the configuration that gives the access token, can't be used.
+        ConfigError: The runtime directory, or the configuration that says where the node is and what it wants to be shown,
+            can't be used.
         NodeUnreachableError: Nothing answers at any of these.
     """
     token = access_token(environ)
@@ -99,7 +102,20 @@ def _find_node(environ: Mapping[str, str]) -> str:
 
 
 def _addresses(environ: Mapping[str, str]) -> Iterator[str]:
-    yield f"http://{environ.get('P2PKV_CONTROLLER_HTTP_URL') or DEFAULT_SHARED_ADDRESS}"
-    cluster = environ.get("P2PKV_CLUSTER") or DEFAULT_CLUSTER
+    shared, cluster = _shared_port(environ)
+    yield f"http://{shared}"
     for card in living_cards(runtime_directory(environ), cluster):
         yield card.http
+
+
+def _shared_port(environ: Mapping[str, str]) -> tuple[Address, str]:
+    """The shared port and the name of the cluster, as a variable says, or the configuration that one names."""
+    if environ.get("P2PKV_CONFIG_FILE") or environ.get("LMCACHE_CONFIG_FILE"):
+        config = NodeConfig.of_client(environ)
+        return config.controller_http_url, config.cluster
+    named = environ.get("P2PKV_CONTROLLER_HTTP_URL")
+    try:
+        shared = parse_address(named) if named else DEFAULT_SHARED_ADDRESS
+    except ValueError as error:
+        raise ConfigError(f"P2PKV_CONTROLLER_HTTP_URL: {error}") from error
+    return shared, environ.get("P2PKV_CLUSTER") or DEFAULT_CLUSTER

@@ -114,6 +114,16 @@ def clear_text(answer: Mapping[str, Any]) -> str:
     return f"{answer['num_tokens']} tokens cleared"
 
 
+def pin_text(answer: Mapping[str, Any]) -> str:
+    """How much is pinned now."""
+    return f"pinned {answer['num_tokens']} tokens"
+
+
+def unpin_text(answer: Mapping[str, Any]) -> str:
+    """How much was pinned."""
+    return f"unpinned {answer['num_tokens']} tokens"
+
+
 def health_text(answer: Mapping[str, Any]) -> str:
     """That all is well; anything else is an error."""
     workers = len(answer["error_codes"])

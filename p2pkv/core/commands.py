@@ -7,14 +7,17 @@ changes nothing. No answer within `COMMAND_S`: `instance_unreachable`, and it ma
 from dataclasses import dataclass
 from math import inf
 from random import Random
+from typing import assert_never
 
-from p2pkv.core.events import ClearRequested
+from p2pkv.core.events import ClearRequested, PinRequested
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import InstanceId, Position, RequestId
 from p2pkv.core.membership import Membership
-from p2pkv.core.messages import ClearAnswer, ClearRequest, Nonce
-from p2pkv.core.moves.plan import unknown_location
+from p2pkv.core.messages import ClearRequest, Command, CommandAnswer, Nonce, PinRequest
+from p2pkv.core.moves.plan import find_prefix, unknown_location
 from p2pkv.core.outbox import Outbox
+from p2pkv.core.records import Pinning
+from p2pkv.core.residency import Residencies
 from p2pkv.errors import ErrorCode, Failure
 
 COMMAND_S = 5.0
@@ -29,7 +32,7 @@ ANSWERS_KEPT = 4096
 class _Waiting:
     request: RequestId
     instance: InstanceId
-    command: ClearRequest
+    command: Command
     give_up_at: float
     resend_at: float
 
@@ -43,38 +46,73 @@ class Commands:
         self._outbox = outbox
         self._rng = rng
         self._waiting: dict[Nonce, _Waiting] = {}
-        self._answers: dict[tuple[InstanceId, Nonce], ClearAnswer] = {}
+        self._answers: dict[tuple[InstanceId, Nonce], CommandAnswer] = {}
 
     def clear(self, event: ClearRequested, now: float) -> None:
         """Have everything at a position forgotten."""
-        instance = event.position.instance
+        command = ClearRequest(nonce=self._rng.getrandbits(64), location=event.position.location)
+        self._give(command, event.position.instance, event.request, now)
+
+    def pin(self, event: PinRequested, now: float) -> None:
+        """Have a prompt pinned at a position, or its pin ended."""
+        command = PinRequest(
+            nonce=self._rng.getrandbits(64),
+            location=event.position.location,
+            pinning=event.pinning,
+            ttl_s=event.ttl_s,
+            tokens=event.tokens,
+            identity=event.identity,
+            model=event.model,
+        )
+        self._give(command, event.position.instance, event.request, now)
+
+    def _give(self, command: Command, instance: InstanceId, request: RequestId, now: float) -> None:
         problem = self._membership.unreachable(instance)
         if problem is None and len(self._waiting) >= WAITING_MAX:
             problem = Failure(ErrorCode.INSTANCE_UNREACHABLE, f"{WAITING_MAX} commands wait for an answer; try again later.")
         if problem is not None:
-            self._outbox.fail(event.request, problem)
+            self._outbox.fail(request, problem)
             return
-        command = ClearRequest(nonce=self._rng.getrandbits(64), location=event.position.location)
-        self._waiting[command.nonce] = _Waiting(event.request, instance, command, now + COMMAND_S, now + RESEND_S)
+        self._waiting[command.nonce] = _Waiting(request, instance, command, now + COMMAND_S, now + RESEND_S)
         self._outbox.send(instance, command)
 
-    def carry_out(self, command: ClearRequest, sender: InstanceId) -> None:
+    def carry_out(self, command: Command, sender: InstanceId, now: float) -> None:
         """A node passes a user's command on."""
         answer = self._answers.get((sender, command.nonce))
         if answer is None:
-            answer = self._answers[sender, command.nonce] = self._clear(command)
+            answer = self._answers[sender, command.nonce] = self._do(command, now)
             if len(self._answers) > ANSWERS_KEPT:
                 del self._answers[next(iter(self._answers))]
         self._outbox.send(sender, answer)
 
-    def _clear(self, command: ClearRequest) -> ClearAnswer:
+    def _do(self, command: Command, now: float) -> CommandAnswer:
         book = self._holdings.books.get(command.location)
         if book is None:
             position = Position(self._membership.me.instance, command.location)
-            return ClearAnswer(command.nonce, 0, unknown_location(position, self._holdings.books))
-        return ClearAnswer(command.nonce, self._holdings.clear(book), None)
+            return CommandAnswer(command.nonce, 0, unknown_location(position, self._holdings.books))
+        match command:
+            case ClearRequest():
+                token_count = self._holdings.clear(book, now)
+            case PinRequest():
+                token_count = self._pin(command, book, now)
+            case _:
+                assert_never(command)
+        return CommandAnswer(command.nonce, token_count, None)
 
-    def answered(self, answer: ClearAnswer, sender: InstanceId) -> None:
+    def _pin(self, command: PinRequest, book: Residencies, now: float) -> int:
+        """Pin, or unpin, what a move of the same tokens would take; returns how many tokens of the prompt that reaches."""
+        namespaces, until = self._holdings.namespaces, now + command.ttl_s
+        found = find_prefix(book, namespaces, tokens=command.tokens, identity=command.identity, model=command.model)
+        if command.pinning is Pinning.PIN:
+            for residency in found.residencies:
+                residency.pin(until)
+            return found.num_tokens
+        pinned = [residency for residency in found.residencies if residency.is_pinned(now)]
+        for residency in pinned:
+            residency.pinned_until = min(residency.pinned_until, until)
+        return max((residency.chunk.end for residency in pinned), default=0)
+
+    def answered(self, answer: CommandAnswer, sender: InstanceId) -> None:
         """The instance has carried the command out, or says why not."""
         waiting = self._waiting.get(answer.nonce)
         if waiting is None or waiting.instance != sender:

@@ -25,6 +25,7 @@ class MachineConfig:
         move_deadline_s: A move ends by then.
         lease_s: A lease not renewed ends by then.
         leave_s: A leaving node is gone by then.
+        peer_fetch: Whether a lookup that misses fetches a copy from a peer.
         wall_offset_s: Unix time minus the clock that `now` comes from; for what people read.
     """
 
@@ -42,4 +43,5 @@ class MachineConfig:
     move_deadline_s: float
     lease_s: float
     leave_s: float
+    peer_fetch: bool
     wall_offset_s: float

@@ -50,6 +50,14 @@ class SendMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """Answer to `LookupRequested`: tokens of the longest prefix held here. `is_fetching`: more are coming; ask again soon."""
+
+    num_tokens: int
+    is_fetching: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LentShard:
     """One shard for an engine to write: tokens `start ... start + token_count` of its prompt."""
 
@@ -102,7 +110,7 @@ class Retrieved:
     shards: tuple[RetrievedShard, ...]
 
 
-AnswerValue = EventRecord | Lent | Retrieved | int | None
+AnswerValue = EventRecord | Found | Lent | Retrieved | int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from p2pkv.core.ids import Address, EventId, LinkId, Position, RequestId
+from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Position, RequestId
 from p2pkv.core.keys import ChunkKey, Identity, Namespace, TokenBytes
 from p2pkv.core.messages import Message
-from p2pkv.core.records import Operation, Selection
+from p2pkv.core.records import Operation, Pinning, Selection
 from p2pkv.errors import Failure
 
 ClientId = int
@@ -96,6 +96,19 @@ class ClearRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class PinRequested:
+    """A user pins a prompt at a position, or ends its pin, in `ttl_s` (inf: never). Answered with the count of its tokens."""
+
+    request: RequestId
+    position: Position
+    pinning: Pinning
+    ttl_s: float
+    tokens: TokenBytes
+    identity: Identity
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class LeaveRequested:
     """The node shall leave the cluster and stop. Ends in the effect `Stop`."""
 
@@ -111,6 +124,23 @@ class EngineAttached:
     client: ClientId
     namespace: Namespace
     worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookupRequested:
+    """An engine asks how much of a prompt is held here. Answered with a `Found`.
+
+    Attributes:
+        source: An instance that is said to hold it; None when the view is to say who does.
+        prefill_tokens_per_s: How fast the engine computes; None when it doesn't say.
+    """
+
+    request: RequestId
+    client: ClientId
+    identity: Identity
+    tokens: TokenBytes
+    source: InstanceId | None
+    prefill_tokens_per_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +175,14 @@ class RetrieveRequested:
     client: ClientId
     identity: Identity
     tokens: TokenBytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineClearRequested:
+    """An engine wants all chunks of its namespace to be forgotten. Answered with the count of tokens that were held."""
+
+    request: RequestId
+    client: ClientId
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +230,14 @@ Event = (
     | EventAsked
     | CancelRequested
     | ClearRequested
+    | PinRequested
     | LeaveRequested
     | EngineAttached
+    | LookupRequested
     | StoreRequested
     | ShardsSealed
     | RetrieveRequested
+    | EngineClearRequested
     | ReadEnded
     | EngineLost
     | FetchEnded

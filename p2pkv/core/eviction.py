@@ -1,7 +1,7 @@
 """Which chunks go when room is needed: least recently used first, suffixes before their prefixes.
 
-Never one that is leased, in a move, being written, or that a resident child still hangs on; for an incoming move only what is
-colder than what comes. When that isn't enough the answer is None and the caller refuses: a limit is hard.
+Never one that is leased, pinned, in a move, being written, or that a resident child still hangs on; for an incoming move only
+what is colder than what comes. When that isn't enough the answer is None and the caller refuses: a limit is hard.
 """
 
 from math import inf
@@ -16,7 +16,7 @@ def find_victims(book: Residencies, need: Room, *, now: float, colder_than: floa
     Args:
         book: The location.
         need: Room wanted on top of what is used and promised.
-        now: For leases.
+        now: For leases and pins.
         colder_than: Only what was last used before this may go.
 
     Returns:
@@ -30,7 +30,8 @@ def find_victims(book: Residencies, need: Room, *, now: float, colder_than: floa
             if residency.used_at >= colder_than or need.fits(free):
                 break
             key = residency.chunk.key
-            if key in victims or residency.slot is not None or residency.is_leased(now):
+            is_needed = residency.slot is not None or residency.is_leased(now) or residency.is_pinned(now)
+            if key in victims or is_needed:
                 continue
             if all(child.chunk.key in victims for child in book.children(key)):
                 victims[key] = residency

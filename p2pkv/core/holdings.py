@@ -97,9 +97,17 @@ class Holdings:
         book.remove(residency)
         self._outbox.add(ReleaseChunks(location=book.location, keys=(residency.chunk.key,), reason=ReleaseReason.MOVED))
 
-    def clear(self, book: Residencies) -> int:
-        """Forget all that is owned and not being handed over; returns how many tokens that were."""
-        cleared = [residency for residency in book if residency.slot is None]
+    def clear(self, book: Residencies, now: float, namespace: bytes | None = None) -> int:
+        """Forget all that is owned, not being handed over and not kept by pins; returns how many tokens that were.
+
+        `namespace`, a digest, spares those of all others.
+        """
+        pinned = book.pinned(now)
+        cleared = [
+            residency
+            for residency in book
+            if residency.slot is None and residency.chunk.key not in pinned and namespace in (None, residency.chunk.namespace)
+        ]
         for residency in cleared:
             book.remove(residency)
         if cleared:

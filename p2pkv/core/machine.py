@@ -19,9 +19,9 @@ from p2pkv.core.effects import Effect, Stop
 from p2pkv.core.events import (
     CancelRequested,
     ClearRequested,
-    ClientId,
     DialFailed,
     EngineAttached,
+    EngineClearRequested,
     EngineLost,
     Event,
     EventAsked,
@@ -29,8 +29,10 @@ from p2pkv.core.events import (
     LeaveRequested,
     LinkLost,
     LinkOpened,
+    LookupRequested,
     MessageReceived,
     MoveRequested,
+    PinRequested,
     ReadEnded,
     RetrieveRequested,
     RouteRefused,
@@ -50,6 +52,7 @@ from p2pkv.core.moves.source import SourceMoves
 from p2pkv.core.moves.source_move import LaneGrant
 from p2pkv.core.moves.target import TargetMoves
 from p2pkv.core.outbox import Outbox
+from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.peers import Joined, Lost
 from p2pkv.core.prompt import prompt_of
 from p2pkv.core.records import EventRecord, MemberRecord, MemberState
@@ -77,6 +80,16 @@ class Machine:
         self._coordinator = Coordinator(config, self._membership, self._history, self._outbox, rng, self._targets)
         self._serving = Serving(config, self._holdings, self._outbox, self._sources.keep)
         self._gossip = Gossip(self._holdings, self._membership, self._outbox, now)
+        self._peer_fetches = PeerFetches(
+            config,
+            self._serving,
+            self._membership,
+            self._gossip,
+            self._coordinator,
+            self._history,
+            self._targets.tcp_rate,
+            self._outbox,
+        )
         self._commands = Commands(self._holdings, self._membership, self._outbox, rng)
         self._started_at = self._settled_at = now
         self._leave_by = inf
@@ -131,10 +144,12 @@ class Machine:
         self._sources.check_invariants()
         self._targets.check_invariants()
         self._serving.check_invariants()
+        self._peer_fetches.check_invariants()
         assert not self._outbox.to_self
 
     def check_at_rest(self, now: float) -> None:
         """Assert what must hold when no move is open and no engine is at work: nothing is leased, promised, or on its way."""
+        self._peer_fetches.check_at_rest()
         for book in self._holdings.books.values():
             assert not book.promised
             for residency in book:
@@ -159,10 +174,6 @@ class Machine:
         prompts = [PromptFingerprints(prompt_of(each, identity, tokens)) for each in namespaces]
         inventories = ((record.instance, self._gossip.entries_of(record.instance)) for record in alive)
         return longest_prefixes(prompts, [(instance, entries) for instance, entries in inventories if entries is not None])
-
-    def lookup_local(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
-        """Tokens of the longest prefix held here, for an attached engine; it need not end at a chunk's end."""
-        return self._serving.lookup(client, identity, tokens)
 
     def members(self) -> tuple[MemberRecord, ...]:
         """All members, oneself included, by name; one's own locations as they are at this moment."""
@@ -219,16 +230,22 @@ class Machine:
                 self._coordinator.cancel(event, now)
             case ClearRequested():
                 self._commands.clear(event, now)
+            case PinRequested():
+                self._commands.pin(event, now)
             case LeaveRequested():
                 self._leave(now)
             case EngineAttached():
                 self._serving.attach(event)
+            case LookupRequested():
+                self._peer_fetches.look_up(event, now)
             case StoreRequested():
                 self._serving.store(event, now)
             case ShardsSealed():
                 self._serving.sealed(event, now)
             case RetrieveRequested():
                 self._serving.retrieve(event, now)
+            case EngineClearRequested():
+                self._serving.clear(event, now)
             case ReadEnded():
                 self._serving.read_ended(event)
             case EngineLost():
@@ -251,6 +268,7 @@ class Machine:
         if not self.is_leaving:
             self.is_leaving = True
             self._leave_by = now + self.config.leave_s * LEAVE_MARGIN
+            self._peer_fetches.is_leaving = True
             self._sources.leave(now)
             self._targets.leave(now)
 
@@ -292,9 +310,9 @@ class Machine:
                 self._gossip.delta(sender, message)
             case messages.InventoryPage():
                 self._gossip.page(sender, message)
-            case messages.ClearRequest():
-                self._commands.carry_out(message, sender)
-            case messages.ClearAnswer():
+            case messages.ClearRequest() | messages.PinRequest():
+                self._commands.carry_out(message, sender, now)
+            case messages.CommandAnswer():
                 self._commands.answered(message, sender)
             case messages.PlanRequest():
                 self._sources.plan(message, sender, now)
@@ -335,6 +353,7 @@ class Machine:
                 self._follow(self._membership.news.popleft(), now)
             else:
                 self._receive_from(self.config.instance, self._outbox.to_self.popleft(), now)
+        self._peer_fetches.follow(now)
         self._gossip.follow(now)
         if self._leave_by < inf and (now >= self._leave_by or not self._sources.has_open):
             self._stop(now)

@@ -6,12 +6,12 @@ Any of them may be lost, repeated, late, or a lie: `machine` and the parts below
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Le, Len
+from annotated_types import Ge, Gt, Le, Len
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import EventId, Generation, InstanceId, Location, Position
 from p2pkv.core.keys import ChunkKey, Fingerprint, Identity, Namespace, TokenBytes
-from p2pkv.core.records import Count, EventRecord, Lane, MemberRecord, Operation, Selection
+from p2pkv.core.records import Count, EventRecord, Lane, MemberRecord, Operation, Pinning, Selection
 from p2pkv.errors import Failure
 
 PROTOCOL_VERSION = 1
@@ -140,7 +140,11 @@ class InventoryPage:
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """Coordinator to source: make this move. A repeat of an `event_id` is answered like the first."""
+    """Coordinator to source: make this move. A repeat of an `event_id` is answered like the first.
+
+    `reader` is the namespace, by digest, of an engine that waits for the chunks: no others are of use to it, and what it waits
+    for is in use. None for what users ask for.
+    """
 
     event_id: EventId
     old_position: Position
@@ -150,6 +154,7 @@ class PlanRequest:
     tokens: TokenBytes
     identity: Identity
     model: Annotated[str, Len(1, 512)] | None
+    reader: Annotated[bytes, Len(16, 16)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,10 +246,18 @@ class FetchReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """This chunk is pinned for so much longer; inf: until it is unpinned."""
+
+    key: ChunkKey
+    ttl_s: Annotated[float, Gt(0)]
+
+
+@dataclass(frozen=True, slots=True)
 class Take:
     """Source to target: own these, suffix first. The source frees `released` on the answer and keeps `shared`.
 
-    A repeat of an attempt is answered like the first.
+    A repeat of an attempt is answered like the first. `pins` are those of its chunks, as of the time of sending.
     """
 
     event_id: EventId
@@ -253,6 +266,7 @@ class Take:
     target_generation: Generation
     released: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
     shared: Annotated[tuple[ChunkKey, ...], Len(0, TAKE_BATCH_KEYS)]
+    pins: Annotated[tuple[Pin, ...], Len(0, TAKE_BATCH_KEYS)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,17 +302,33 @@ class EventReport:
     event: EventRecord | None
 
 
+# --- commands -------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class ClearRequest:
-    """Forget everything at this location of yours. A repeat of a `nonce` is answered like the first."""
+    """Forget everything at this location of yours that isn't pinned. A repeat of a `nonce` is answered like the first."""
 
     nonce: Nonce
     location: Location
 
 
 @dataclass(frozen=True, slots=True)
-class ClearAnswer:
-    """What was forgotten, in tokens, or why nothing."""
+class PinRequest:
+    """Pin what you hold there of a prompt for `ttl_s`, or end its pins in `ttl_s`. Repeats as of `ClearRequest`."""
+
+    nonce: Nonce
+    location: Location
+    pinning: Pinning
+    ttl_s: Annotated[float, Ge(0)]
+    tokens: TokenBytes
+    identity: Identity
+    model: Annotated[str, Len(1, 512)] | None
+
+
+@dataclass(frozen=True, slots=True)
+class CommandAnswer:
+    """How many tokens a command was about, or why it wasn't carried out."""
 
     nonce: Nonce
     token_count: Count
@@ -310,5 +340,6 @@ InventoryMessage = InventoryRequest | InventoryDelta | InventoryPage
 SourceMessage = PlanRequest | ManifestRequest | FetchReport | TakeAnswer | CancelRequest
 TargetMessage = Offer | ManifestPage | Take
 CoordinatorMessage = PlanAnswer | EventRequest | EventReport
-CommandMessage = ClearRequest | ClearAnswer
+Command = ClearRequest | PinRequest
+CommandMessage = Command | CommandAnswer
 Message = MembershipMessage | InventoryMessage | SourceMessage | TargetMessage | CoordinatorMessage | CommandMessage

@@ -28,8 +28,15 @@ class Selection(StrEnum):
     ALL = "all"
 
 
+class Pinning(StrEnum):
+    """A user's pin keeps chunks from eviction until it is ended, or by itself after a time."""
+
+    PIN = "pin"
+    UNPIN = "unpin"
+
+
 class EventState(StrEnum):
-    """Where a move is. The last four are final."""
+    """Where a move is. The last four are final; none is seen pending, as a request is answered when it is planned."""
 
     PENDING = "pending"
     RUNNING = "running"

@@ -16,6 +16,7 @@ Not decided here: who may go (`eviction`), what a move does (`moves`), where the
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import EventId, Location
@@ -88,12 +89,14 @@ class Residency:
         slot: What is going on with it.
         used_at: When it was last stored, read or taken.
         leases: Who needs it not to be evicted, and until when.
+        pinned_until: When a user's pin ends; inf until it is unpinned.
     """
 
     chunk: Chunk
     slot: Slot
     used_at: float
     leases: dict[str, float] = field(default_factory=dict)
+    pinned_until: float = -inf
 
     @property
     def tokens(self) -> TokenBytes:
@@ -108,6 +111,14 @@ class Residency:
     def is_leased(self, now: float) -> bool:
         """Whether anyone still needs it."""
         return any(expires_at > now for expires_at in self.leases.values())
+
+    def is_pinned(self, now: float) -> bool:
+        """Whether a user wants it to stay."""
+        return self.pinned_until > now
+
+    def pin(self, until: float) -> None:
+        """Pin it; of several pins the one that ends last counts."""
+        self.pinned_until = max(self.pinned_until, until)
 
 
 _NO_SIBLINGS: Siblings[Residency] = Siblings()
@@ -156,6 +167,22 @@ class Residencies:
     def free(self) -> Room:
         """What is neither used nor promised to a move; negative while promises wait for evictions."""
         return self.limit - self.used - sum(self.promised.values(), NO_ROOM)
+
+    def pinned(self, now: float) -> dict[ChunkKey, Residency]:
+        """What pins keep here: what is pinned, and the prefixes that it hangs on."""
+        kept: dict[ChunkKey, Residency] = {}
+        for residency in self:
+            held = residency if residency.is_pinned(now) else None
+            while held is not None and held.chunk.key not in kept:
+                kept[held.chunk.key] = held
+                held = self._by_key.get(held.chunk.parent)
+        return kept
+
+    def fullness(self, now: float) -> str:
+        """How full it is, for people who were refused."""
+        pinned_nbytes = sum(each.chunk.charged_nbytes for each in self.pinned(now).values())
+        pinned = f", {pinned_nbytes} of them by what is pinned" if pinned_nbytes else ""
+        return f"{self.used.nbytes} of {self.limit.nbytes} bytes are used{pinned}"
 
     def enter(self, chunk: Chunk, slot: Slot, now: float) -> Residency:
         """Enter a chunk that isn't here. The caller has made room."""

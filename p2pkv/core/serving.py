@@ -18,16 +18,24 @@ from math import inf
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import ENGINE_STAGE, DropStaged, Lent, LentShard, Retrieved, RetrievedShard
-from p2pkv.core.events import ClientId, EngineAttached, EngineLost, ReadEnded, RetrieveRequested, ShardsSealed, StoreRequested
+from p2pkv.core.events import (
+    ClientId,
+    EngineAttached,
+    EngineClearRequested,
+    EngineLost,
+    ReadEnded,
+    RetrieveRequested,
+    ShardsSealed,
+    StoreRequested,
+)
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, Location
 from p2pkv.core.keys import (
     TOKEN_NBYTES,
     ChunkKey,
-    Identity,
     Namespace,
-    TokenBytes,
     chunk_key,
+    namespace_digest,
     token_count,
 )
 from p2pkv.core.outbox import Outbox
@@ -97,10 +105,13 @@ class Serving:
         self._clients[event.client] = _Client(namespace, shard)
         self._outbox.answer(event.request, None)
 
-    def lookup(self, client: ClientId, identity: Identity, tokens: TokenBytes) -> int:
+    def namespace_of(self, client: ClientId) -> Namespace:
+        """What an engine attached with."""
+        return self._clients[client].namespace
+
+    def held_tokens(self, prompt: Prompt) -> int:
         """Tokens of the longest prefix that is held here, token by token."""
-        attached = self._clients[client]
-        return _end_of(self._book.match(prompt_of(attached.namespace, identity, tokens)))
+        return _end_of(self._book.match(prompt))
 
     # --- store ------------------------------------------------------------------------------------------------------------
 
@@ -158,8 +169,7 @@ class Serving:
         residency = self._book.get(chunk.key)
         if residency is None:
             if not self._holdings.make_room(self._book, room_of(chunk), now=now):
-                used, limit = self._book.used.nbytes, self._book.limit.nbytes
-                detail = f"No room for {chunk.charged_nbytes} bytes: {used} of {limit} are used, and none can go now."
+                detail = f"No room for {chunk.charged_nbytes} bytes: {self._book.fullness(now)}, and none can go now."
                 return Failure(ErrorCode.STORE_FULL, detail)
             residency = self._book.enter(chunk, Writing(), now)
         if isinstance(residency.slot, Writing):
@@ -215,6 +225,11 @@ class Serving:
         )
         answer = Retrieved(name, client.shard, self._book.location, _end_of(matches), tuple(shards))
         self._outbox.answer(event.request, answer)
+
+    def clear(self, event: EngineClearRequested, now: float) -> None:
+        """Forget all chunks of the engine's namespace that may go."""
+        namespace = namespace_digest(self._clients[event.client].namespace)
+        self._outbox.answer(event.request, self._holdings.clear(self._book, now, namespace))
 
     def read_ended(self, event: ReadEnded) -> None:
         """An engine needs what it read no longer."""

@@ -4,16 +4,18 @@ import os
 from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from time import sleep
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from p2pkv.config import NodeConfig
+from p2pkv.core.ids import is_instance_id
 from p2pkv.core.keys import MAX_TOKENS, Identity, Media, Namespace, TokenBytes, pack_tokens
 from p2pkv.engines.autostart import connect_or_start
 from p2pkv.engines.connection import REPLY_S, EngineConnection
@@ -32,6 +34,8 @@ from p2pkv.wire.engine import (
     ENGINE_PROTOCOL_VERSION,
     Attach,
     Attached,
+    Cleared,
+    ClearRequest,
     Commit,
     Lent,
     LookupReply,
@@ -43,6 +47,9 @@ from p2pkv.wire.engine import (
     StoreRequest,
 )
 
+POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.1
+"""Between two questions whether a fetch has ended. A handoff takes 5 ms; each question costs the node a fraction of one."""
+
 Tokens = Sequence[int] | torch.Tensor
 """A prompt's token ids from its beginning: a sequence of integers (an `array("i")` is the quickest), or a 1-dimensional integer
 tensor."""
@@ -50,6 +57,14 @@ tensor."""
 Take = Callable[[int, torch.Tensor], None]
 """Gets a prompt's KV piece by piece: the position of the piece's first token, and `[layers, planes, tokens, kv_heads of this
 worker, head_dim]`, which is the node's memory and gone when the call returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """So many tokens are held here; `is_fetching`: more are on their way, so it is worth asking again in some milliseconds."""
+
+    num_tokens: int
+    is_fetching: bool
 
 
 class EngineCache:
@@ -60,14 +75,21 @@ class EngineCache:
     silent (the next call connects anew), and `InvalidRequestError` when the tokens aren't a prompt.
     """
 
-    def __init__(self, connect: Callable[[], EngineConnection], attach: Attach, layout: KVLayout) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], EngineConnection],
+        attach: Attach,
+        layout: KVLayout,
+        prefill_tokens_per_s: float | None = None,
+    ) -> None:
         self._connect = connect
         self._attach = attach
         self._layout = layout
+        self._prefill_tokens_per_s = prefill_tokens_per_s
         self._process = os.getpid()
         self._lock = Lock()
         self._connection: EngineConnection | None = None
-        self._namespace: Namespace | None = None
+        self._greeting: Attached | None = None  # the last
         self._is_closed = False
 
     @classmethod
@@ -80,6 +102,7 @@ class EngineCache:
         world_size: int = 1,
         worker_id: int = 0,
         weights: str | None = None,
+        prefill_tokens_per_s: float | None = None,
         autostart: bool = True,
         reply_s: float = REPLY_S,
     ) -> Self:
@@ -92,6 +115,8 @@ class EngineCache:
             world_size: Tensor-parallel workers of the engine.
             worker_id: Which of them this is, from 0.
             weights: Digest of the weights; None to take the instance's `cache_epoch` for it.
+            prefill_tokens_per_s: How fast this engine computes KV, 1 or more: `peer_fetch` weighs fetching against it. None
+                lets the node guess.
             autostart: Start the node if none runs. It outlives this process.
             reply_s: How long a call waits for each of the node's replies, in seconds.
 
@@ -118,20 +143,52 @@ class EngineCache:
             world_size=world_size,
             worker=worker_id,
         )
-        cache = cls(connect, attach, layout.of_worker(world_size))
+        cache = cls(connect, attach, layout.of_worker(world_size), prefill_tokens_per_s)
         cache._attached()
         return cache
 
     @property
     def namespace(self) -> Namespace:
         """What this engine's chunks are kept under, with what the node added to it at the last attach."""
-        assert self._namespace is not None, "`attach` hasn't returned yet"
-        return self._namespace
+        assert self._greeting is not None, "`attach` hasn't returned yet"
+        return self._greeting.namespace
 
-    def lookup(self, tokens: Tokens, identity: Identity | None = None) -> int:
-        """How many tokens of the prompt are held here, from its beginning; it need not end where a chunk does."""
-        request = LookupRequest(_complete(identity), _packed(tokens))
-        return self._attached().ask(request, LookupReply).num_tokens
+    def lookup(self, tokens: Tokens, identity: Identity | None = None, *, source: str | None = None) -> int:
+        """How many tokens of the prompt are held here, from its beginning; it need not end where a chunk does.
+
+        With `peer_fetch`, what a peer holds is fetched first, for as long as that is sooner than computing it: this waits.
+
+        Args:
+            tokens: The prompt.
+            identity: What this request adds to the namespace.
+            source: As for `peek`.
+        """
+        request = self._lookup_request(tokens, identity, source)
+        pause_s = POLL_FIRST_S
+        while (found := self._attached().ask(request, LookupReply)).is_fetching:
+            sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_LONGEST_S)
+        return found.num_tokens
+
+    def peek(self, tokens: Tokens, identity: Identity | None = None, *, source: str | None = None) -> Lookup:
+        """As `lookup`, for who has other work meanwhile: says what is held now and whether to ask again; never waits.
+
+        Args:
+            tokens: The prompt.
+            identity: What this request adds to the namespace.
+            source: An instance that is said to hold the prompt: with `peer_fetch` it is fetched from there if it can be
+                reached, whatever the node has heard of it. None to let the node find the best one.
+
+        Raises:
+            InvalidRequestError: `source` can't name an instance.
+        """
+        found = self._attached().ask(self._lookup_request(tokens, identity, source), LookupReply)
+        return Lookup(found.num_tokens, found.is_fetching)
+
+    def _lookup_request(self, tokens: Tokens, identity: Identity | None, source: str | None) -> LookupRequest:
+        if source is not None and not is_instance_id(source):
+            raise _invalid(f"{source!r} can't name an instance")
+        return LookupRequest(_complete(identity), _packed(tokens), source, self._prefill_tokens_per_s)
 
     def store(self, tokens: Tokens, kv: torch.Tensor, identity: Identity | None = None, *, start: int = 0) -> int:
         """Keep a prompt's KV cache; what is held already isn't copied again.
@@ -178,6 +235,8 @@ class EngineCache:
     def retrieve(self, tokens: Tokens, identity: Identity | None = None) -> tuple[int, torch.Tensor | None]:
         """Copy out the longest prefix of the prompt that is held here; it need not end where a chunk does.
 
+        With `peer_fetch` it does a `lookup` first, which may wait.
+
         Args:
             tokens: The prompt.
             identity: What this request adds to the namespace.
@@ -186,6 +245,9 @@ class EngineCache:
             How many tokens, and their KV: a fresh tensor on the CPU, the caller's, `[layers, planes, that many, kv_heads of
             this worker, head_dim]`. `(0, None)` when nothing is held.
         """
+        self._attached()
+        if self._greeting is not None and self._greeting.peer_fetch:
+            self.lookup(tokens, identity)
         kv: torch.Tensor | None = None
         done = 0
         with closing(self._pieces(tokens, identity, 0)) as pieces:
@@ -245,6 +307,14 @@ class EngineCache:
             if done >= retrieved.num_tokens or not retrieved.shards:  # no shards: the rest was evicted meanwhile
                 return
 
+    def clear(self) -> int:
+        """Have the instance forget what it holds of this model and layout, but for what is pinned or being handed over.
+
+        Returns:
+            How many tokens were forgotten: those of all chunks.
+        """
+        return self._attached().ask(ClearRequest(), Cleared).num_tokens
+
     def close(self) -> None:
         """Detach; what was stored stays. A call that another thread is in ends with `NodeUnreachableError`."""
         if self._process != os.getpid():
@@ -270,7 +340,7 @@ class EngineCache:
             if self._connection is None or self._connection.is_closed:
                 connection = self._connect()
                 try:
-                    self._namespace = connection.ask(self._attach, Attached).namespace
+                    self._greeting = connection.ask(self._attach, Attached)
                 except P2pkvError:
                     connection.close()
                     raise

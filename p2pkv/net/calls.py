@@ -38,12 +38,14 @@ from p2pkv.net.replies import (
     member_reply,
 )
 from p2pkv.net.requests import (
+    CompressBody,
     EmptyBody,
     EventBody,
     HealthBody,
     InventoryBody,
     LookupBody,
     MoveBody,
+    PinBody,
     PositionBody,
     QueryInstanceBody,
     QueryWorkerInfoBody,
@@ -214,6 +216,10 @@ HEALTH = Call("health", HealthBody, HealthReply, instance_calls.health)
 QUERY_INSTANCE = Call("query_instance", QueryInstanceBody, QueryInstanceReply, instance_calls.query_instance)
 QUERY_WORKER_INFO = Call("query_worker_info", QueryWorkerInfoBody, QueryWorkerInfoReply, instance_calls.query_worker_info)
 CLEAR = Call("clear", PositionBody, ChangedReply, instance_calls.clear)
+PIN = Call("pin", PinBody, ChangedReply, instance_calls.pin)
+UNPIN = Call("unpin", PinBody, ChangedReply, instance_calls.unpin)
+COMPRESS = Call("compress", CompressBody, EmptyReply, instance_calls.compress)
+DECOMPRESS = Call("decompress", CompressBody, EmptyReply, instance_calls.compress)
 INVENTORY = Call("inventory", InventoryBody, InventoryReply, instance_calls.inventory)
 CHECK_FINISH = Call("check_finish", EventBody, CheckFinishReply, _check_finish)
 EVENTS = Call("events", EmptyBody, EventsReply, _events)
@@ -233,6 +239,10 @@ CALLS: Mapping[str, Call[Any, Any]] = {
         QUERY_INSTANCE,
         QUERY_WORKER_INFO,
         CLEAR,
+        PIN,
+        UNPIN,
+        COMPRESS,
+        DECOMPRESS,
         INVENTORY,
         CHECK_FINISH,
         EVENTS,

@@ -80,6 +80,7 @@ class ControlDoor:
             await request.reject(503, body=f"{MAX_SOCKETS} websockets are open here already; close one.".encode())
             return
         websocket = await request.accept()
+        peer = end_name(websocket.remote)  # at its end it may have none any more
         socket = _Socket(websocket, self._driver, access)
         self._sockets[socket] = None
         try:
@@ -88,7 +89,7 @@ class ControlDoor:
             del self._sockets[socket]
             self._socket_ended.set()
             self._socket_ended = trio.Event()
-            _log.info("a control socket ended", peer=end_name(websocket.remote), reason=socket.end)
+            _log.info("a control socket ended", peer=peer, reason=socket.end)
 
     async def close_all(self, reason: str) -> None:
         """Close every socket after what was queued for it; takes `FLUSH_S` at most."""

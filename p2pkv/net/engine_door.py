@@ -14,7 +14,16 @@ import trio
 
 from p2pkv.core import effects
 from p2pkv.core.effects import ENGINE_STAGE
-from p2pkv.core.events import EngineAttached, EngineLost, ReadEnded, RetrieveRequested, ShardsSealed, StoreRequested
+from p2pkv.core.events import (
+    EngineAttached,
+    EngineClearRequested,
+    EngineLost,
+    LookupRequested,
+    ReadEnded,
+    RetrieveRequested,
+    ShardsSealed,
+    StoreRequested,
+)
 from p2pkv.core.ids import StageId
 from p2pkv.core.keys import TOKEN_NBYTES, ChunkKey, Namespace
 from p2pkv.errors import ErrorCode, Failure, FailureError, RemoteProtocolError, SealRefusedError
@@ -25,6 +34,8 @@ from p2pkv.wire.engine import (
     ENGINE_PROTOCOL_VERSION,
     Attach,
     Attached,
+    Cleared,
+    ClearRequest,
     Commit,
     EngineReply,
     EngineRequest,
@@ -139,9 +150,11 @@ class EngineDoor:
         except FailureError as error:
             await _send(connection, Refused(error.failure))
             return
+        if attach.world_size > 1 and attach.worker == 0:
+            _log.warning("max_local_cpu_size is the instance's: its workers share it", workers=attach.world_size)
         engine = _Engine(self._driver, self._memory, client, self._last_lent)
         try:
-            await _send(connection, Attached(namespace))
+            await _send(connection, Attached(namespace, self._driver.machine.config.peer_fetch))
             while (request := await _receive(connection)) is not None:
                 await engine.answer(request, connection)
         finally:
@@ -168,15 +181,15 @@ class _Engine:
         try:
             match request:
                 case LookupRequest():
-                    _check_tokens(request.tokens)
-                    count = self._driver.machine.lookup_local(self._client, request.identity, request.tokens)
-                    await _send(connection, LookupReply(count))
+                    await _send(connection, await self._look_up(request))
                 case StoreRequest():
                     await _send(connection, *await self._store(request))
                 case Commit():
                     await _send(connection, await self._commit(request.lease))
                 case RetrieveRequest():
                     await _send(connection, *await self._retrieve(request))
+                case ClearRequest():
+                    await _send(connection, await self._clear())
                 case ReadDone():
                     self._driver.handle(ReadEnded(self._client, request.lease))
                 case Attach():
@@ -190,6 +203,21 @@ class _Engine:
         """It is gone, and its leases with it."""
         for lease in list(self._leases):
             self._end_lease(lease)
+
+    async def _look_up(self, request: LookupRequest) -> LookupReply:
+        _check_tokens(request.tokens)
+        answer = await self._driver.request(
+            partial(
+                LookupRequested,
+                client=self._client,
+                identity=request.identity,
+                tokens=request.tokens,
+                source=request.source,
+                prefill_tokens_per_s=request.prefill_tokens_per_s,
+            )
+        )
+        assert isinstance(answer, effects.Found)
+        return LookupReply(answer.num_tokens, answer.is_fetching)
 
     async def _store(self, request: StoreRequest) -> tuple[Lent, list[int]]:
         _check_tokens(request.tokens)
@@ -241,6 +269,11 @@ class _Engine:
         shards = tuple(islice(wanted, MAX_FRAME_DESCRIPTORS))
         descriptors = [self._memory.descriptors(shard.key)[answer.worker] for shard in shards]
         return Retrieved(answer.lease, answer.num_tokens, shards), descriptors
+
+    async def _clear(self) -> Cleared:
+        count = await self._driver.request(partial(EngineClearRequested, client=self._client))
+        assert isinstance(count, int)
+        return Cleared(count)
 
     def _end_lease(self, lease: str) -> None:
         for shard in self._leases.pop(lease):

@@ -3,16 +3,28 @@
 import re
 from bisect import bisect_right
 from ipaddress import ip_address
+from math import inf
 
 from p2pkv.config import is_loopback
-from p2pkv.core.events import ClearRequested
+from p2pkv.core.effects import AnswerValue
+from p2pkv.core.events import ClearRequested, PinRequested
 from p2pkv.core.ids import InstanceId, Location
+from p2pkv.core.keys import Identity
 from p2pkv.core.messages import InventoryEntry
-from p2pkv.core.records import MemberRecord, MemberState
-from p2pkv.errors import ErrorCode, Failure, InvalidRequestError, UnknownLocationError, UnknownNameError, failure_error
+from p2pkv.core.records import MemberRecord, MemberState, Pinning
+from p2pkv.errors import (
+    ErrorCode,
+    Failure,
+    InvalidRequestError,
+    NotOfferedError,
+    UnknownLocationError,
+    UnknownNameError,
+    failure_error,
+)
 from p2pkv.net.driver import Driver
 from p2pkv.net.replies import (
     ChangedReply,
+    EmptyReply,
     HealthReply,
     InventoryReply,
     QueryInstanceReply,
@@ -22,8 +34,10 @@ from p2pkv.net.replies import (
     inventory_item,
 )
 from p2pkv.net.requests import (
+    CompressBody,
     HealthBody,
     InventoryBody,
+    PinBody,
     PositionBody,
     QueryInstanceBody,
     QueryWorkerInfoBody,
@@ -77,11 +91,46 @@ async def query_worker_info(driver: Driver, body: QueryWorkerInfoBody) -> QueryW
 
 
 async def clear(driver: Driver, body: PositionBody) -> ChangedReply:
-    """Forget everything at a position, but what a move is handing over; answers with the tokens that were held."""
+    """Forget everything at a position, but what is pinned or a move is handing over; answers with the tokens that went."""
     position = parse_position((body.instance_id, body.location))
-    num_tokens = await driver.request(lambda request: ClearRequested(request, position))
-    assert isinstance(num_tokens, int), num_tokens  # the core's promise for this request
-    return ChangedReply(event_id=call_id("clear"), num_tokens=num_tokens)
+    return _changed("clear", await driver.request(lambda request: ClearRequested(request, position)))
+
+
+async def pin(driver: Driver, body: PinBody) -> ChangedReply:
+    """Keep the longest prefix of a prompt held at a position from eviction; answers with the tokens that are pinned now."""
+    return await _pin(driver, body, Pinning.PIN, inf)
+
+
+async def unpin(driver: Driver, body: PinBody) -> ChangedReply:
+    """Let what was pinned of a prompt at a position go, now or in `ttl_s` seconds; answers with the tokens that were pinned."""
+    return await _pin(driver, body, Pinning.UNPIN, 0.0)
+
+
+async def _pin(driver: Driver, body: PinBody, pinning: Pinning, default_s: float) -> ChangedReply:
+    position = parse_position((body.instance_id, body.location))
+    answer = await driver.request(
+        lambda request: PinRequested(
+            request=request,
+            position=position,
+            pinning=pinning,
+            ttl_s=default_s if body.ttl_s is None else body.ttl_s,
+            tokens=body.tokens,
+            identity=Identity(cache_salt=body.cache_salt),
+            model=body.model,
+        )
+    )
+    return _changed(pinning.value, answer)
+
+
+def _changed(call: str, num_tokens: AnswerValue) -> ChangedReply:
+    assert isinstance(num_tokens, int), num_tokens  # the core's promise for these requests
+    return ChangedReply(event_id=call_id(call), num_tokens=num_tokens)
+
+
+async def compress(_driver: Driver, _body: CompressBody) -> EmptyReply:
+    """Not offered, nor is `/decompress`: chunks are kept as engines wrote them."""
+    detail = "p2pkv keeps chunks as engines wrote them and compresses none; let the engine use a smaller KV cache dtype."
+    raise NotOfferedError(Failure(ErrorCode.NOT_IMPLEMENTED, detail))
 
 
 async def inventory(driver: Driver, body: InventoryBody) -> InventoryReply:

@@ -5,7 +5,7 @@ Validated strictly: unknown fields, numbers as text, true as 1 and the like are 
 
 from typing import Annotated
 
-from annotated_types import Ge, Le, Len
+from annotated_types import Ge, Gt, Le, Len
 from pydantic import (
     ConfigDict,
     FailFast,
@@ -53,6 +53,8 @@ Text = Annotated[str, Len(0, MAX_TEXT_LENGTH)]
 ModelName = Annotated[str, Len(1, 512)]
 EventName = Annotated[str, Len(1, EVENT_ID_MAX_LENGTH)]
 WaitS = Annotated[float, Ge(0), Le(600)]
+PIN_MAX_S = 10 * 365 * 86_400.0
+"""Ten years: who wants it for longer leaves `ttl_s` out."""
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -181,6 +183,38 @@ class PositionBody:
 
     instance_id: Text
     location: Text
+
+
+@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
+class PinBody:
+    """Pin a prompt at a position, or unpin it there.
+
+    Attributes:
+        instance_id: Whose position.
+        location: Of that instance.
+        tokens: The prompt's token ids; the longest prefix that is held is meant.
+        ttl_s: Of `/pin`: how long it lasts, seconds; until it is unpinned when left out. Of `/unpin`: how long it lasts still;
+            it ends at once when left out.
+        cache_salt: The salt that the prompt was stored with.
+        model: Whose cache; only needed when an instance serves several.
+    """
+
+    instance_id: Text
+    location: Text
+    tokens: Tokens
+    ttl_s: Annotated[float, Gt(0), Le(PIN_MAX_S)] | None = None
+    cache_salt: Text = ""
+    model: ModelName | None = None
+
+
+@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
+class CompressBody:
+    """Ask for what isn't offered; these are LMCache's fields, none of which changes the answer."""
+
+    instance_id: Text = ""
+    location: Text = ""
+    method: Text = ""
+    tokens: Tokens = b""
 
 
 @validated(frozen=True, slots=True, kw_only=True, config=STRICT)

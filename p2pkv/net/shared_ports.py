@@ -137,17 +137,21 @@ class SharedPorts:
             if key in missing and key not in self._held:
                 passed = socket.fromfd(descriptor, missing[key].family, socket.SOCK_STREAM)
                 if _listens_at(passed, missing[key]):
-                    self._held[key] = passed
+                    self._hold(key, passed)
                 else:
                     passed.close()
 
     def _bind(self, key: str, endpoint: Endpoint) -> str:
         """Bind a port that no sibling has; why that can't be done, if it can't."""
         try:
-            self._held[key] = listen_at(endpoint, key=key)
+            self._hold(key, listen_at(endpoint, key=key))
         except ConfigError as error:
             return str(error)
         return ""
+
+    def _hold(self, key: str, listener: socket.socket) -> None:
+        listener.setblocking(False)  # else `dup` makes it blocking, for siblings too: their `accept` would stop all they do
+        self._held[key] = listener
 
     # --- having them ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import trio
 import wsproto.utilities
@@ -18,9 +19,9 @@ from trio_websocket import (
     HandshakeError,
     WebSocketConnection,
     WebSocketRequest,
-    wrap_client_stream,
-    wrap_server_stream,
 )
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import AcceptConnection, BytesMessage, Request, TextMessage
 
 from p2pkv.browser_guard import Refusal
 from p2pkv.core.ids import Address
@@ -40,6 +41,9 @@ RECEIVE_NBYTES = 64 * 1024
 """Of one read; trio-websocket's own 4 KiB would make 2,000 reads of the longest message."""
 MAX_ACCEPTED_NBYTES = max(MAX_MESSAGE_NBYTES, MAX_BODY_NBYTES)
 """The longest message that any of the websockets here takes; each refuses itself what is too long for it."""
+
+PARTS_AT_ONCE = 1024
+"""Of one message, so many parts are kept before they are joined. The longest message in reads of `RECEIVE_NBYTES` has 256."""
 
 WEBSOCKET_ERRORS = (
     ConnectionClosed,
@@ -99,15 +103,17 @@ async def dial_websocket(
         with trio.fail_after(DIAL_S) as limit:
             place, connected = await connect(places, within_s=DIAL_S)
             async with connected as stream:
-                websocket = await wrap_client_stream(
-                    nursery,
+                websocket = _Websocket(
                     stream,
-                    str(place),
-                    path,
-                    extra_headers=list(headers),
+                    WSConnection(ConnectionType.CLIENT),
+                    host=str(place),
+                    path=path,
+                    client_extra_headers=list(headers),
                     max_message_size=MAX_MESSAGE_NBYTES,
                     receive_buffer_size=RECEIVE_NBYTES,
                 )
+                nursery.start_soon(websocket.read)
+                await websocket.wait_open()
                 limit.deadline = math.inf
                 yield websocket
                 nursery.cancel_scope.cancel()
@@ -133,6 +139,52 @@ def end_name(end: Endpoint | str) -> str:
     return end if isinstance(end, str) else f"{end.address}:{end.port}"
 
 
+class _Websocket(WebSocketConnection):
+    """A websocket that ends at once if its handshake can't be completed, and whose messages cost what they contain.
+
+    trio-websocket would wait on, and would keep each fragment of a message, however many there are and however empty.
+    """
+
+    _is_shaken = False
+    _joined_count = 0
+
+    async def read(self) -> None:
+        """Take what comes, until the connection ends.
+
+        Raises:
+            HandshakeError: It ended before the websocket was asked for, or, dialed, before it was granted.
+        """
+        await self._reader_task()
+        if not self._is_shaken:
+            raise HandshakeError("it ended before the handshake")
+
+    async def wait_open(self) -> None:
+        """Wait until a dialed websocket is granted."""
+        await self._open_handshake.wait()
+
+    async def wait_request(self) -> WebSocketRequest:
+        """Wait until an accepted connection has asked for a websocket."""
+        return await self._get_request()
+
+    async def _handle_request_event(self, event: Request) -> None:
+        self._is_shaken = True
+        await super()._handle_request_event(event)
+
+    async def _handle_accept_connection_event(self, event: AcceptConnection) -> None:
+        self._is_shaken = True
+        await super()._handle_accept_connection_event(event)
+
+    async def _handle_message_event(self, event: BytesMessage | TextMessage) -> None:
+        await super()._handle_message_event(event)
+        parts: list[Any] = self._message_parts  # all bytes, or all text
+        if len(parts) <= 1:
+            self._joined_count = 0  # a message has ended, or begun
+        if len(parts) - self._joined_count == PARTS_AT_ONCE:
+            joined = parts[0][:0].join(parts[self._joined_count :])
+            parts[self._joined_count :] = [joined] if joined else []
+            self._joined_count = len(parts)
+
+
 async def _serve_stream(
     stream: trio.SocketStream, *, routes: Mapping[str, WebsocketHandler], guard: DoorGuard, places: trio.Semaphore
 ) -> None:
@@ -144,10 +196,15 @@ async def _serve_stream(
         return
     try:
         async with stream, trio.open_nursery() as nursery:
+            websocket = _Websocket(
+                stream,
+                WSConnection(ConnectionType.SERVER),
+                max_message_size=MAX_ACCEPTED_NBYTES,
+                receive_buffer_size=RECEIVE_NBYTES,
+            )
+            nursery.start_soon(websocket.read)
             with trio.fail_after(ACCEPT_S):
-                request = await wrap_server_stream(
-                    nursery, stream, max_message_size=MAX_ACCEPTED_NBYTES, receive_buffer_size=RECEIVE_NBYTES
-                )
+                request = await websocket.wait_request()
             await _route(request, routes, guard)
             nursery.cancel_scope.cancel()
     except* WEBSOCKET_ERRORS as errors:

@@ -12,6 +12,7 @@ from typing import Annotated
 from annotated_types import Ge, Le, Len
 
 from p2pkv.core.effects import LentShard, RetrievedShard
+from p2pkv.core.ids import InstanceId
 from p2pkv.core.keys import MAX_TOKENS, DtypeName, Identity, Namespace, TokenBytes
 from p2pkv.errors import Failure
 from p2pkv.wire.codec import Codec
@@ -58,10 +59,19 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class LookupRequest:
-    """How long a prefix of `tokens` is held here? Answered with `LookupReply`."""
+    """How long a prefix of `tokens` is held here? Answered with `LookupReply`.
+
+    Attributes:
+        identity: What the request adds to the namespace.
+        tokens: The prompt.
+        source: An instance that is said to hold it, where `peer_fetch` shall look first; None to look everywhere.
+        prefill_tokens_per_s: How fast the engine computes KV, to weigh a fetch against; None to let the node guess.
+    """
 
     identity: Identity
     tokens: TokenBytes
+    source: InstanceId | None = None
+    prefill_tokens_per_s: Annotated[float, Ge(1), Le(1e9)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,11 @@ class RetrieveRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ClearRequest:
+    """Forget all chunks of my namespace. Answered with `Cleared`."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReadDone:
     """I have copied what I retrieved under this lease. Not answered."""
 
@@ -101,16 +116,18 @@ class ReadDone:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """Welcome; this is your namespace, with what the node adds to it."""
+    """Welcome; this is your namespace, with what the node adds to it, and whether lookups fetch from peers."""
 
     namespace: Namespace
+    peer_fetch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LookupReply:
-    """So many tokens are held here."""
+    """So many tokens are held here. `is_fetching`: more are on their way; ask again soon, until it says no."""
 
     num_tokens: TokenCount
+    is_fetching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +178,21 @@ class Retrieved:
 
 
 @dataclass(frozen=True, slots=True)
+class Cleared:
+    """So many tokens are forgotten: of all chunks that are neither pinned nor being handed over."""
+
+    num_tokens: Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """No, and why. After a `protocol_error` the node closes the connection."""
 
     failure: Failure
 
 
-EngineRequest = Attach | LookupRequest | StoreRequest | Commit | RetrieveRequest | ReadDone
-EngineReply = Attached | LookupReply | Lent | Stored | Retrieved | Refused
+EngineRequest = Attach | LookupRequest | StoreRequest | Commit | RetrieveRequest | ReadDone | ClearRequest
+EngineReply = Attached | LookupReply | Lent | Stored | Retrieved | Cleared | Refused
 
 
 @cache

@@ -120,6 +120,7 @@ class Limits(TypedDict, total=False):
     chunk_size: int
     cpu_limit_nbytes: int
     descriptor_limit: int
+    peer_fetch: bool
 
 
 def config_of(name: InstanceId, generation: int = 1, **changes: Unpack[Limits]) -> MachineConfig:
@@ -139,6 +140,7 @@ def config_of(name: InstanceId, generation: int = 1, **changes: Unpack[Limits]) 
         move_deadline_s=MOVE_DEADLINE_S,
         lease_s=LEASE_S,
         leave_s=LEAVE_S,
+        peer_fetch=False,
         wall_offset_s=WALL_OFFSET_S,
     )
     return replace(config, **changes)

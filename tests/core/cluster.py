@@ -15,7 +15,7 @@ from random import Random
 from typing import TypedDict, TypeVar, Unpack
 
 from p2pkv.core import effects
-from p2pkv.core.effects import ENGINE_STAGE, Answer, Effect, FetchChunks, Lent, ReleaseReason
+from p2pkv.core.effects import ENGINE_STAGE, Answer, Effect, FetchChunks, Found, Lent, ReleaseReason
 from p2pkv.core.events import (
     CancelRequested,
     DialFailed,
@@ -26,6 +26,7 @@ from p2pkv.core.events import (
     LeaveRequested,
     LinkLost,
     LinkOpened,
+    LookupRequested,
     MessageReceived,
     MoveRequested,
     RouteRefused,
@@ -294,7 +295,21 @@ class Cluster:
 
     def held_tokens(self, name: InstanceId, tokens: TokenBytes) -> int:
         """What an engine at `name` finds of a prompt."""
-        return self.nodes[name].machine.lookup_local(CLIENT, IDENTITY, tokens)
+        return self.look_up(name, tokens).num_tokens
+
+    def look_up(
+        self,
+        name: InstanceId,
+        tokens: TokenBytes,
+        *,
+        source: InstanceId | None = None,
+        prefill_tokens_per_s: float | None = None,
+    ) -> Found:
+        """What an engine at `name` is told of a prompt; whatever that leads to has been delivered."""
+        request = self.ask(name, lambda each: LookupRequested(each, CLIENT, IDENTITY, tokens, source, prefill_tokens_per_s))
+        found = self.answers[request].value
+        assert isinstance(found, Found)
+        return found
 
     def has(self, name: InstanceId, tokens: TokenBytes) -> list[bool]:
         """For each chunk of a prompt, whether `name` has its bytes as a resident chunk."""

@@ -6,8 +6,17 @@ from random import Random
 from typing import TypeVar, Unpack
 
 from p2pkv.core import effects
-from p2pkv.core.effects import ENGINE_STAGE, Answer, Effect, Lent
-from p2pkv.core.events import EngineAttached, Event, LinkLost, LinkOpened, MessageReceived, ShardsSealed, StoreRequested
+from p2pkv.core.effects import ENGINE_STAGE, Answer, Effect, Found, Lent
+from p2pkv.core.events import (
+    EngineAttached,
+    Event,
+    LinkLost,
+    LinkOpened,
+    LookupRequested,
+    MessageReceived,
+    ShardsSealed,
+    StoreRequested,
+)
 from p2pkv.core.ids import Address, Generation, InstanceId, LinkId, RequestId
 from p2pkv.core.keys import Identity, Namespace, TokenBytes, fingerprint
 from p2pkv.core.machine import Machine
@@ -166,7 +175,10 @@ class Solo:
 
     def held_tokens(self, tokens: TokenBytes, *, client: int = CLIENT, identity: Identity = IDENTITY) -> int:
         """What an engine finds of a prompt."""
-        return self.machine.lookup_local(client, identity, tokens)
+        answer = self.answer(self.ask(lambda request: LookupRequested(request, client, identity, tokens, None, None)))
+        assert answer is not None
+        assert isinstance(answer.value, Found)
+        return answer.value.num_tokens
 
 
 def staged_keys(ordered: list[Effect]) -> list[bytes]:

@@ -5,7 +5,7 @@ import pytest
 from p2pkv.core.commands import COMMAND_S
 from p2pkv.core.events import ClearRequested
 from p2pkv.core.ids import InstanceId, Location, RequestId
-from p2pkv.core.messages import ClearAnswer, ClearRequest
+from p2pkv.core.messages import ClearRequest, CommandAnswer
 from p2pkv.errors import ErrorCode
 from tests.core.builders import at, prompt
 from tests.core.cluster import Cluster
@@ -26,8 +26,8 @@ def test_clear_forgets_everything_there_whoever_is_asked(by: InstanceId) -> None
     assert cluster.held_tokens("b", prompt(10)) == 10
 
 
-@pytest.mark.parametrize("lost", [ClearRequest, ClearAnswer])
-def test_a_lost_message_is_repeated_and_the_command_is_carried_out_once(lost: type[ClearRequest | ClearAnswer]) -> None:
+@pytest.mark.parametrize("lost", [ClearRequest, CommandAnswer])
+def test_a_lost_message_is_repeated_and_the_command_is_carried_out_once(lost: type[ClearRequest | CommandAnswer]) -> None:
     cluster = Cluster("a", "b")
     cluster.store("a", prompt(10))
     cluster.lose(lost)

@@ -27,7 +27,8 @@ class Shelf:
 
     def may_go(self, residency: Residency) -> bool:
         """Whether it may go by itself, its children aside."""
-        return residency.slot is None and not residency.is_leased(self.now) and residency.used_at < self.colder_than
+        is_needed = residency.is_leased(self.now) or residency.is_pinned(self.now)
+        return residency.slot is None and not is_needed and residency.used_at < self.colder_than
 
     def evictable(self) -> dict[bytes, Residency]:
         """All that could go: whatever may go, and under which nothing stays."""
@@ -46,6 +47,8 @@ def shelves(draw: st.DrawFn) -> Shelf:
         residency = book.enter(chunk, draw(slots), float(moment))
         if draw(st.integers(0, 9)) == 0:
             residency.leases["reader"] = draw(st.sampled_from([50.0, 200.0]))
+        if draw(st.integers(0, 9)) == 0:
+            residency.pin(draw(st.sampled_from([50.0, 200.0, float("inf")])))
     return Shelf(book, now=100.0, colder_than=draw(st.sampled_from([float("inf"), 3.0])))
 
 
@@ -87,6 +90,15 @@ def test_a_prefix_waits_for_its_suffixes_even_when_it_is_colder() -> None:
     assert find_victims(book, pages(1), now=2.0) == [suffix]
     assert find_victims(book, pages(2), now=2.0) == [suffix, other]
     assert find_victims(book, pages(3), now=2.0) == [suffix, other, prefix]
+
+
+def test_a_pinned_chunk_and_its_prefix_stay_however_cold() -> None:
+    book = Residencies(CPU, pages(3), InventoryLog(generation=1))
+    _prefix, pinned, suffix = (book.enter(chunk, None, 0.0) for chunk in chunks_of(prompt(12)))
+    pinned.pin(until=5.0)
+    assert find_victims(book, pages(1), now=2.0) == [suffix]
+    assert find_victims(book, pages(2), now=2.0) is None
+    assert find_victims(book, pages(2), now=5.0) == [suffix, pinned]
 
 
 def test_what_comes_evicts_only_what_is_colder() -> None:

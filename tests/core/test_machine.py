@@ -176,7 +176,7 @@ def test_what_is_held_here_is_seen_at_once() -> None:
     solo.store(prompt(6))
     assert solo.machine.lookup(prompt(12), "tiny", IDENTITY) == (Held(ME, CPU, 6),)
     assert solo.machine.lookup(prompt(12), "huge", IDENTITY) == ()
-    assert solo.machine.lookup_local(CLIENT, IDENTITY, prompt(12)) == 6
+    assert solo.held_tokens(prompt(12)) == 6
 
 
 def test_members_are_listed_by_name_with_how_full_they_are() -> None:

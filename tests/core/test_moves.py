@@ -490,3 +490,21 @@ def test_without_a_lane_nothing_moves() -> None:
     assert event.error is not None
     assert event.error.code is ErrorCode.TRANSFER_FAILED
     cluster.assert_at_rest()
+
+
+def test_what_an_engine_stored_meanwhile_stays_until_the_move_has_ended() -> None:
+    tokens = prompt(4 * 300)
+    cluster = pair(tokens, capacity=360)
+    cluster.hold(FetchChunks)
+    event_id = cluster.begin("a", "b", tokens)
+    cluster.store("b", tokens)  # the 60 chunks of the second batch
+    cluster.lose(TakeAnswer)
+    cluster.release()
+    for first in (5000, 6000):  # 60 chunks each, of which only the second 60 need more room than there is
+        assert cluster.store("b", prompt(4 * 60, first)) == 4 * 60
+    cluster.heal()
+    cluster.run(1.5)
+    event = cluster.event("a", event_id)
+    assert (event.state, event.chunks.moved, event.chunks.already_there) == (DONE, 240, 60)
+    assert cluster.held_tokens("b", tokens) == 4 * 300
+    cluster.assert_at_rest()

@@ -156,6 +156,39 @@ def test_only_leases_that_havent_expired_count() -> None:
     assert not stored.residency.is_leased(10.0)
 
 
+def test_a_pin_lasts_until_its_end_and_is_never_made_shorter() -> None:
+    (stored,) = store(book_of(), prompt(4))
+    assert not stored.residency.is_pinned(0.0)
+    for until in (5.0, 10.0, 7.0):
+        stored.residency.pin(until)
+    assert stored.residency.is_pinned(9.9)
+    assert not stored.residency.is_pinned(10.0)
+
+
+@given(libraries(), st.data())
+def test_pins_keep_what_is_pinned_and_all_that_it_hangs_on(library: Library, data: st.DataObject) -> None:
+    pinned = [one for one in library.stored if data.draw(st.booleans())]
+    for one in pinned:
+        one.residency.pin(data.draw(st.sampled_from([1.0, 3.0])))
+    lasting = [one for one in pinned if one.residency.is_pinned(2.0)]
+    kept = [one for one in library.stored if one in lasting or any(hangs_on(each, one) for each in lasting)]
+    assert library.book.pinned(2.0).keys() == {one.residency.chunk.key for one in kept}
+
+
+def hangs_on(one: Stored, other: Stored) -> bool:
+    """Whether `other` is one of the full chunks before `one`."""
+    is_full = other.residency.chunk.token_count == CHUNK_SIZE
+    return is_full and other.path != one.path and one.path.startswith(other.path)
+
+
+def test_how_full_a_book_is_tells_of_pins() -> None:
+    book = book_of(10)
+    _root, pinned, _suffix = (one.residency for one in store(book, prompt(12)))
+    assert book.fullness(0.0) == f"{3 * PAGE_NBYTES} of {10 * PAGE_NBYTES} bytes are used"
+    pinned.pin(until=1.0)
+    assert book.fullness(0.0).endswith(f"are used, {2 * PAGE_NBYTES} of them by what is pinned")
+
+
 def test_what_is_being_written_or_brought_is_not_owned() -> None:
     (stored,) = store(book_of(), prompt(4), Writing())
     assert not stored.residency.is_owned

@@ -1,4 +1,4 @@
-"""What engines get (protocol rules S1 to S6): memory to write, and leases on what they read."""
+"""What engines get (protocol rules S1 to S6, S8): memory to write, and leases on what they read."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from p2pkv.core.chunks import PAGE_NBYTES
 from p2pkv.core.effects import ENGINE_STAGE, AdmitStaged, DropStaged, Effect, ReleaseChunks, ReleaseReason, Retrieved
-from p2pkv.core.events import EngineLost, ReadEnded, RetrieveRequested, ShardsSealed
+from p2pkv.core.events import EngineClearRequested, EngineLost, ReadEnded, RetrieveRequested, ShardsSealed
 from p2pkv.core.holdings import NAMESPACES_MAX
 from p2pkv.core.keys import Identity, Namespace, TokenBytes
 from p2pkv.core.serving import LEND_NBYTES, LEND_SHARDS
@@ -345,3 +345,19 @@ def test_a_miss_leases_nothing() -> None:
     read = retrieve(solo, prompt(4))
     assert (read.lease, read.num_tokens, read.shards) == ("", 0, ())
     solo.machine.check_at_rest(solo.now)
+
+
+def test_an_engine_clears_its_own_namespace_only() -> None:
+    solo = serving()
+    other = CLIENT + 1
+    solo.attach(other, replace(NAMESPACE, weights="1"))
+    for client in (CLIENT, other):
+        solo.store(prompt(10), client=client)
+    lent = solo.lend(prompt(4, first=100))
+    cleared = solo.answer(solo.ask(lambda request: EngineClearRequested(request, CLIENT)))
+    assert cleared is not None
+    assert cleared.value == 10
+    assert (solo.held_tokens(prompt(10)), solo.held_tokens(prompt(10), client=other)) == (0, 10)
+    answer = solo.answer(solo.commit(lent))
+    assert answer is not None
+    assert answer.value == 4, "what was being written is not cleared"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from p2pkv.core.keys import Identity
-from p2pkv.engines import EngineCache
+from p2pkv.engines import EngineCache, Lookup
 from p2pkv.engines.vllm.link import PAUSE_S, KnownNode, NodeLink
 from p2pkv.engines.vllm.orders import ConnectorMetadata, LoadOrder
 from p2pkv.engines.vllm.scheduling import SchedulerHalf
@@ -33,14 +33,19 @@ class Node:
         self.may_answer = Event()
         self.may_answer.set()
         self.asked: list[tuple[list[int], Identity]] = []
+        self.sources: list[str | None] = []
+        self.fetching_count = 0
         self.now = 0.0
 
-    def lookup(self, tokens: "array[int]", identity: Identity) -> int:
+    def peek(self, tokens: "array[int]", identity: Identity, *, source: str | None) -> Lookup:
         self.asked.append((list(tokens), identity))
+        self.sources.append(source)
         assert self.may_answer.wait(5)
         if self.is_gone:
             raise NodeUnreachableError("it is gone")
-        return min(self.held, len(tokens))
+        self.fetching_count -= 1
+        is_fetching = self.fetching_count >= 0
+        return Lookup(0 if is_fetching else min(self.held, len(tokens)), is_fetching)
 
     def attach(self) -> EngineCache:
         if self.is_gone:
@@ -160,6 +165,18 @@ def test_a_hit_is_what_the_node_holds_beyond_what_vllm_has(node: Node, scheduler
     assert scheduler.match(scheduler.add(20, "c"), computed=12) == (0, False)
     assert scheduler.match(scheduler.add(7, "d")) == (7, True)
     assert scheduler.match(scheduler.add(9, "e"), computed=8) == (0, False)  # the last one is computed in any case
+
+
+def test_a_source_that_a_router_names_is_asked_for_and_its_fetch_awaited(node: Node, scheduler: Scheduler) -> None:
+    node.held, node.fetching_count = 10, 3
+    assert scheduler.match(scheduler.add(20, kv_transfer_params={"instance": "b", "num_tokens": 10})) == (10, True)
+    assert node.sources == ["b"] * 4
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"instance": 7}, {"instance": "../x"}])
+def test_what_names_no_instance_is_no_source(node: Node, scheduler: Scheduler, parameters: dict[str, object] | None) -> None:
+    scheduler.match(scheduler.add(20, kv_transfer_params=parameters))
+    assert node.sources == [None]
 
 
 @pytest.mark.parametrize(("held", "matched"), [(7, 0), (8, 8)])

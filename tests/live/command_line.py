@@ -74,10 +74,12 @@ def wait_gone(pid: int) -> None:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    with open(process, "rb"):  # closes it
+    try:
         poll = select.poll()
         poll.register(process, select.POLLIN)
         assert poll.poll(10_000)
+    finally:
+        os.close(process)
 
 
 def store(config: Path, tokens: list[int]) -> None:

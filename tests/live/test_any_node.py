@@ -216,6 +216,8 @@ Ask = Callable[[Asked, str], Awaitable[httpx2.Response]]
 ABOUT_AN_INSTANCE: dict[str, Ask] = {
     "health": lambda asked, name: asked.post("/health", instance_id=name),
     "clear": lambda asked, name: asked.post("/clear", instance_id=name, location=CPU),
+    "pin": lambda asked, name: asked.post("/pin", instance_id=name, location=CPU, tokens=PROMPT),
+    "unpin": lambda asked, name: asked.post("/unpin", instance_id=name, location=CPU, tokens=PROMPT),
     "inventory": lambda asked, name: asked.get("/inventory", instance=name),
     "move": lambda asked, name: asked.post("/move", old_position=[name, CPU], new_position=["a", CPU], tokens=PROMPT),
 }

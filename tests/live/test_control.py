@@ -26,7 +26,7 @@ CPU = "LocalCPUBackend"
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32", planes=2)
 PROMPT = list(range(100, 1124))
 CHUNK_COUNT = 64
-IN_ORDER = ["pending", "running", "done"]
+IN_ORDER = ["running", "done"]
 
 
 class Trio:

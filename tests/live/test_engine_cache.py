@@ -20,6 +20,7 @@ from p2pkv.engines import EngineCache, Identity, KVLayout
 from p2pkv.errors import InvalidRequestError, NamespaceMismatchError, NodeUnreachableError, StoreFullError
 from p2pkv.rendezvous import place_of, read_card, runtime_directory
 from p2pkv.wire.frames import MAX_FRAME_DESCRIPTORS
+from tests.live.command_line import wait_gone
 
 pytestmark = pytest.mark.live
 
@@ -247,6 +248,15 @@ def test_what_does_not_fit_is_cut_off_at_the_end_and_what_fits_nowhere_raises(co
         cache.store([1, 2, 3, 4], kv_of([1, 2, 3, 4], huge))
 
 
+def test_a_model_is_cleared_and_others_are_not(config: Path, cache: EngineCache) -> None:
+    tokens = list(range(10))
+    with EngineCache.attach(config, model="another", layout=LAYOUT) as other:
+        for each in (cache, other):
+            each.store(tokens, kv_of(tokens))
+        assert cache.clear() == 10
+        assert (cache.lookup(tokens), cache.clear(), other.lookup(tokens)) == (0, 0, 10)
+
+
 # --- workers --------------------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +354,6 @@ def test_without_autostart_a_missing_node_is_an_error(place: Path) -> None:
 ATTACH_AND_TELL = """
 import sys
 from p2pkv.engines import EngineCache, KVLayout
-from tests.live.command_line import wait_gone
 with EngineCache.attach(sys.argv[1], model="m", layout=KVLayout(2, 2, 4, "float32")) as cache:
     print(cache.lookup([1]))
 """

@@ -40,6 +40,7 @@ CONFIG = MachineConfig(
     move_deadline_s=MOVE_DEADLINE_S,
     lease_s=30.0,
     leave_s=2.0,
+    peer_fetch=False,
     wall_offset_s=0.0,
 )
 

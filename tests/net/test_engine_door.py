@@ -136,6 +136,7 @@ class Node:
             move_deadline_s=600,
             lease_s=LEASE_S,
             leave_s=2,
+            peer_fetch=False,
             wall_offset_s=0,
         )
         self.machine = Machine(config, Random("a"), trio.current_time())

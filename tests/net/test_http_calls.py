@@ -23,6 +23,7 @@ from p2pkv.net.http.app import build_app
 from p2pkv.net.http.server import Guarded
 from p2pkv.net.links import PEER_PATH, PeerLinks
 from p2pkv.net.proof import Prover
+from p2pkv.net.requests import PIN_MAX_S
 from p2pkv.net.validation import MAX_BODY_NBYTES
 from p2pkv.store.cpu import CpuStore
 from p2pkv.wire.proof import Who
@@ -48,6 +49,7 @@ async def driver() -> AsyncIterator[Driver]:
         move_deadline_s=60.0,
         lease_s=30.0,
         leave_s=2.0,
+        peer_fetch=False,
         wall_offset_s=0.0,
     )
     store = CpuStore()
@@ -188,6 +190,10 @@ async def test_every_call_is_documented_with_its_body_and_its_errors(http: httpx
         "POST /full_lookup",
         "POST /health",
         "POST /clear",
+        "POST /pin",
+        "POST /unpin",
+        "POST /compress",
+        "POST /decompress",
         "POST /query_instance",
         "POST /query_worker_info",
         "POST /check_finish",
@@ -257,6 +263,43 @@ async def test_fields_that_are_wrong_or_unknown_are_named(
     http: httpx2.AsyncClient, fields: dict[str, object], named: str
 ) -> None:
     assert named in await refused(http, "/move", move_body(**fields))
+
+
+@pytest.mark.parametrize("path", ["/pin", "/unpin"])
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"ttl_s": 0}, "ttl_s"),
+        ({"ttl_s": -1.5}, "ttl_s"),
+        ({"ttl_s": PIN_MAX_S + 1}, "ttl_s"),
+        ({"ttl_s": float("nan")}, "ttl_s"),
+        ({"ttl_s": float("inf")}, "ttl_s"),
+        ({"ttl_s": "60"}, "ttl_s"),
+        ({"tokens": None}, "tokens"),
+        ({"location": 5}, "location"),
+        ({"model": ""}, "model"),
+        ({"all": True}, "all"),
+    ],
+)
+async def test_what_is_wrong_with_a_pin_is_named(
+    http: httpx2.AsyncClient, path: str, fields: dict[str, object], named: str
+) -> None:
+    body = {"instance_id": HERE[0], "location": HERE[1], "tokens": [1, 2]}
+    for ttl_s in (None, 1, 0.001, PIN_MAX_S):
+        answer = await http.post(path, json={**body, "ttl_s": ttl_s})
+        assert (answer.status_code, answer.json()["num_tokens"]) == (200, 0)
+        assert answer.json()["event_id"].startswith(path.strip("/"))
+    assert named in await refused(http, path, {**body, **fields})
+    for left_out in body:
+        assert left_out in await refused(http, path, {name: value for name, value in body.items() if name != left_out})
+
+
+@pytest.mark.parametrize("path", ["/compress", "/decompress"])
+async def test_what_is_not_offered_says_so(http: httpx2.AsyncClient, path: str) -> None:
+    lmcaches = {"instance_id": "a", "location": HERE[1], "method": "cachegen", "tokens": [1, 2]}
+    for body in (lmcaches, {**lmcaches, "instance_id": "nobody"}, {}):
+        assert "compresses none" in await refused(http, path, body, status=501, error="not_implemented")
+    assert "colour" in await refused(http, path, {**lmcaches, "colour": "red"})
 
 
 @pytest.mark.parametrize(

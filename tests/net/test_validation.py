@@ -1,6 +1,8 @@
 """Requests' JSON: a long token list, which is parsed in parts, means what it means in one piece, and no other does."""
 
 import json
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import trio
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 
 from p2pkv.core.keys import MAX_TOKENS, pack_tokens
 from p2pkv.errors import InvalidRequestError
-from p2pkv.net.calls import LOOKUP
+from p2pkv.net.calls import CALLS, LOOKUP, Call
 from p2pkv.net.requests import LookupBody
-from p2pkv.net.validation import PART_NBYTES, parse_body, take_body
+from p2pkv.net.validation import PART_NBYTES, parse_body, parse_texts, take_body
 
 TOKENS = list(range(3 * PART_NBYTES // 6))
 TEXT = json.dumps({"tokens": TOKENS, "cache_salt": "s"}).encode()
@@ -88,3 +90,44 @@ async def test_others_have_their_turn_while_a_long_list_is_parsed() -> None:
         await parsed(TEXT)
         nursery.cancel_scope.cancel()
     assert turns >= len(TEXT) // PART_NBYTES
+
+
+# --- anything -------------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=20,
+)
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+async def take_or_refuse(call: Call[Any, Any], text: bytes) -> None:
+    try:
+        body = parse_body(call.body_adapter, await take_body(text))
+    except InvalidRequestError:
+        return
+    assert isinstance(body, call.body)
+
+
+@each_call
+@given(text=st.binary(max_size=200) | JSON.map(json.dumps).map(str.encode))
+async def test_any_bytes_are_a_request_or_are_refused(call: Call[Any, Any], text: bytes) -> None:
+    await take_or_refuse(call, text)
+
+
+@each_call
+@given(data=st.data())
+async def test_any_values_of_its_fields_are_a_request_or_are_refused(call: Call[Any, Any], data: st.DataObject) -> None:
+    names = [each.name for each in fields(call.body)]
+    await take_or_refuse(call, json.dumps({name: data.draw(JSON) for name in names}).encode())
+
+
+@each_call
+@given(texts=st.dictionaries(st.sampled_from(["instance", "location", "cursor", "event_id", "x"]), st.text(max_size=30)))
+def test_any_texts_are_a_request_or_are_refused(call: Call[Any, Any], texts: dict[str, str]) -> None:
+    try:
+        body = parse_texts(call.body_adapter, texts)
+    except InvalidRequestError:
+        return
+    assert isinstance(body, call.body)

@@ -5,7 +5,17 @@ from os import cpu_count
 
 from sims.batch import Totals, run_batch
 
-SEEDS = {"apart": 24, "calm": 20, "crashes": 60, "crowded": 20, "engines": 12, "long": 3, "lossy": 40, "moves": 40}
+SEEDS = {
+    "apart": 24,
+    "calm": 20,
+    "crashes": 60,
+    "crowded": 20,
+    "engines": 12,
+    "long": 3,
+    "lossy": 40,
+    "moves": 40,
+    "peer_fetch": 20,
+}
 
 
 @cache

@@ -1,6 +1,7 @@
 """The peers' codec: what goes in comes out, and nothing else gets in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf, nan
 from typing import get_args
 
 import msgpack
@@ -22,6 +23,7 @@ from p2pkv.core.records import (
     MemberRecord,
     MemberState,
     Operation,
+    Pinning,
     Selection,
 )
 from p2pkv.errors import ErrorCode, Failure, RemoteProtocolError
@@ -63,6 +65,16 @@ EVENT = EventRecord(
     coordinator="c",
     error=FAILURE,
 )
+TAKE = messages.Take(
+    EVENT_ID,
+    1,
+    source_generation=1,
+    target_generation=2,
+    released=(b"k" * 16,),
+    shared=(b"s" * 16,),
+    pins=(messages.Pin(b"k" * 16, ttl_s=1.5), messages.Pin(b"s" * 16, ttl_s=inf)),
+)
+PIN_REQUEST = messages.PinRequest(1, Location.LOCAL_CPU, Pinning.PIN, inf, b"\x05\0\0\0", IDENTITY, model="tiny")
 EXAMPLES: tuple[messages.Message, ...] = (
     messages.Hello(versions=(1,), cluster="p2pkv", me=MEMBER, members=(MEMBER, MEMBER)),
     messages.Goodbye(FAILURE),
@@ -104,13 +116,14 @@ EXAMPLES: tuple[messages.Message, ...] = (
         lane=Lane.HANDOFF,
         failure=None,
     ),
-    messages.Take(EVENT_ID, 1, source_generation=1, target_generation=2, released=(b"k" * 16,), shared=()),
+    TAKE,
     messages.TakeAnswer(EVENT_ID, 1, taken=(b"k" * 16,), already_there=(), gone=()),
     messages.CancelRequest(EVENT_ID),
     messages.EventRequest(EVENT_ID),
     messages.EventReport(EVENT_ID, EVENT),
     messages.ClearRequest(nonce=1, location=Location.LOCAL_CPU),
-    messages.ClearAnswer(nonce=1, token_count=12, failure=None),
+    PIN_REQUEST,
+    messages.CommandAnswer(nonce=1, token_count=12, failure=None),
 )
 
 
@@ -129,6 +142,19 @@ def test_on_the_wire_a_message_is_a_map_with_its_name() -> None:
 
 def test_a_later_version_may_add_fields() -> None:
     assert peer_codec().decode(msgpack.packb({"type": "ping", "nonce": 5, "since_s": 1.5})) == messages.Ping(5)
+
+
+def test_an_earlier_version_knows_no_pins() -> None:
+    fields = msgpack.unpackb(peer_codec().encode(TAKE))
+    del fields["pins"]
+    assert peer_codec().decode(msgpack.packb(fields)) == replace(TAKE, pins=())
+
+
+@pytest.mark.parametrize("ttl_s", [-1.0, nan, -inf])
+def test_no_pin_ends_before_it_begins(ttl_s: float) -> None:
+    for message in (replace(PIN_REQUEST, ttl_s=ttl_s), replace(TAKE, pins=(messages.Pin(b"k" * 16, ttl_s=ttl_s),))):
+        with pytest.raises(RemoteProtocolError, match="ttl_s"):
+            peer_codec().decode(peer_codec().encode(message))
 
 
 @dataclass(frozen=True, slots=True)

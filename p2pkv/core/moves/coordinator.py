@@ -14,7 +14,7 @@ from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import EventChanged
 from p2pkv.core.events import CancelRequested, EventAsked, MoveRequested
 from p2pkv.core.history import History
-from p2pkv.core.ids import EventId, Generation, InstanceId, Parties, RequestId, make_event_id, parse_event_id
+from p2pkv.core.ids import EventId, Generation, InstanceId, Parties, Position, RequestId, make_event_id, parse_event_id
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import CancelRequest, EventReport, EventRequest, PlanAnswer, PlanRequest
 from p2pkv.core.moves.target import TargetMoves
@@ -34,7 +34,7 @@ WAITING_MAX = 8192
 
 @dataclass(slots=True)
 class _Plan:
-    request: RequestId
+    request: RequestId | None
     message: PlanRequest
     source_generation: Generation | None
     give_up_at: float
@@ -85,16 +85,8 @@ class Coordinator:
 
     def move(self, event: MoveRequested, now: float) -> None:
         """Ask the source for a plan."""
-        source = event.old_position.instance
-        problem = self.membership.unreachable(source)
-        if problem is None and len(self._plans) >= WAITING_MAX:
-            problem = Failure(ErrorCode.INSTANCE_UNREACHABLE, f"{WAITING_MAX} moves wait for their plan; try again later.")
-        if problem is not None:
-            self.outbox.fail(event.request, problem)
-            return
-        parties = Parties(source=source, target=event.new_position.instance, coordinator=self.config.instance)
         message = PlanRequest(
-            event_id=make_event_id(parties, self.rng),
+            event_id=self.new_event_id(event.old_position, event.new_position),
             old_position=event.old_position,
             new_position=event.new_position,
             operation=event.operation,
@@ -103,10 +95,30 @@ class Coordinator:
             identity=event.identity,
             model=event.model,
         )
+        problem = self.plan(message, event.request, now)
+        if problem is not None:
+            self.outbox.fail(event.request, problem)
+
+    def new_event_id(self, old: Position, new: Position) -> EventId:
+        """The id of a move that is coordinated here."""
+        return make_event_id(Parties(old.instance, new.instance, self.config.instance), self.rng)
+
+    def plan(self, message: PlanRequest, request: RequestId | None, now: float) -> Failure | None:
+        """Ask the source for a plan; the failure says why it can't be asked. `request` is None for what nobody asks for."""
+        source = message.old_position.instance
+        if (problem := self.membership.unreachable(source)) is not None:
+            return problem
+        if len(self._plans) >= WAITING_MAX:
+            return Failure(ErrorCode.INSTANCE_UNREACHABLE, f"{WAITING_MAX} moves wait for their plan; try again later.")
         generation = self._generation_of(source)
-        plan = _Plan(event.request, message, generation, give_up_at=now + PLAN_S, resend_at=now + RESEND_S)
+        plan = _Plan(request, message, generation, give_up_at=now + PLAN_S, resend_at=now + RESEND_S)
         self._plans[message.event_id] = plan
         self.outbox.send(source, message)
+        return None
+
+    def is_planning(self, event_id: EventId) -> bool:
+        """Whether a move's source has been asked for its plan and hasn't answered yet."""
+        return event_id in self._plans
 
     def ask(self, event: EventAsked, now: float) -> None:
         """Tell of an event: from memory when it has ended or is one's own, else ask its parties."""
@@ -175,12 +187,17 @@ class Coordinator:
         del self._plans[answer.event_id]
         if answer.event is None or answer.event.event_id != answer.event_id:
             problem = answer.failure or Failure(ErrorCode.PROTOCOL_ERROR, f"Instance {sender!r} sent a plan without an event.")
-            self.outbox.fail(plan.request, problem)
+            self._fail(plan.request, problem)
             return
         self._put(answer.event, parties, now)
         if (watch := self._watches.get(answer.event_id)) is not None:
             watch.is_late = False
-        self.outbox.answer(plan.request, self.history.get(answer.event_id) or answer.event)
+        if plan.request is not None:
+            self.outbox.answer(plan.request, self.history.get(answer.event_id) or answer.event)
+
+    def _fail(self, request: RequestId | None, problem: Failure) -> None:
+        if request is not None:
+            self.outbox.fail(request, problem)
 
     def reported(self, report: EventReport, sender: InstanceId, now: float) -> None:
         """A party tells of an event. The source's word counts; the others' only while the source is gone."""
@@ -254,7 +271,7 @@ class Coordinator:
         waiting = [plan.request for plan in self._plans.values()]
         waiting += [request for question in self._questions.values() for request in question.requests]
         for request in waiting:
-            self.outbox.refuse(request, ErrorCode.LEAVING, detail)
+            self._fail(request, Failure(ErrorCode.LEAVING, detail))
         self._plans.clear()
         self._questions.clear()
 
@@ -276,7 +293,7 @@ class Coordinator:
                 detail = f"Instance {source!r} was lost before it planned the move."
                 if not is_lost:
                     detail = f"Instance {source!r} didn't plan the move within {PLAN_S:g} s."
-                self.outbox.refuse(plan.request, ErrorCode.INSTANCE_UNREACHABLE, detail)
+                self._fail(plan.request, Failure(ErrorCode.INSTANCE_UNREACHABLE, detail))
             elif now >= plan.resend_at:
                 plan.resend_at = now + RESEND_S
                 self.outbox.send(source, plan.message)

@@ -11,8 +11,9 @@ from p2pkv.core.events import FetchEnded, RouteRefused
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.membership import Membership
 from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import HandoffAddress, Lane, Route
+from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Route
 from p2pkv.core.residency import NO_ROOM, Incoming, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
 
@@ -20,6 +21,14 @@ HANDOFF_BATCH = Room(nbytes=2**40, descriptors=240)
 """A message carries at most 253 descriptors (`man 7 unix`, SCM_MAX_FD); bytes cost nothing."""
 TCP_BATCH = Room(nbytes=2**28, descriptors=240)
 """A quarter of a second, after which the source hears how far it has got. A single chunk may be larger."""
+
+
+def routes_between(source: MemberRecord, target: MemberRecord) -> list[Route]:
+    """By handoff where both ends are on one host, else over TCP."""
+    theirs, mine = source.handoff, target.handoff
+    is_same_host = mine is not None and theirs is not None and mine.host_id == theirs.host_id
+    routes = (theirs if is_same_host else None, source.transfer)
+    return [route for route in routes if route is not None]
 
 
 class Fetching:
@@ -30,6 +39,7 @@ class Fetching:
         self._holdings = holdings
         self._membership = membership
         self._outbox = outbox
+        self.tcp_rate = TcpRate()
 
     def book(self, move: TargetMove) -> Residencies:
         """The book of the move's new position."""
@@ -49,16 +59,17 @@ class Fetching:
         need = sum((room_of(chunk) for chunk in pending), NO_ROOM)
         if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             self.release_leases(move)
-            return self._no_room(need, book)
+            return self._no_room(need, book, now)
         move.pending, move.present = pending, dict.fromkeys(present)
-        move.routes = self._routes(move)
+        source = self._membership.record_of(move.source)
+        move.routes = [] if source is None else routes_between(source, self._membership.me)
         book.promised[move.event_id] = need
         return None
 
-    def _no_room(self, need: Room, book: Residencies) -> Failure:
+    def _no_room(self, need: Room, book: Residencies, now: float) -> Failure:
         detail = (
             f"{book.location.value} of {self._me!r} has no room for {need.nbytes} bytes in {need.descriptors} shards: "
-            f"{book.used.nbytes} of {book.limit.nbytes} bytes are used, and too little of that is colder than what would come."
+            f"{book.fullness(now)}, and too little of that is colder than what would come."
         )
         return Failure(ErrorCode.STORE_FULL, detail)
 
@@ -73,12 +84,12 @@ class Fetching:
             detail = f"{move.source!r} offers no way to its chunks that {self._me!r} can use."
             move.problem = move.problem or Failure(ErrorCode.TRANSFER_FAILED, detail)
         elif not self._holdings.make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
-            move.problem = self._no_room(need, book)
+            move.problem = self._no_room(need, book, now)
         else:
             for chunk in batch:
                 book.enter(chunk, Incoming(move.event_id), now)
             book.promised[move.event_id] = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
-            move.batch = tuple(batch)
+            move.batch, move.batch_at = tuple(batch), now
             fetch = FetchChunks(
                 event_id=move.event_id,
                 source=move.source,
@@ -102,9 +113,9 @@ class Fetching:
                 need += room_of(chunk)
         return batch, need
 
-    def ended(self, move: TargetMove, event: FetchEnded) -> None:
+    def ended(self, move: TargetMove, event: FetchEnded, now: float) -> None:
         """A fetch is over: what came is verified and staged, what didn't is struck out."""
-        move.batch = ()
+        move.batch, nbytes_before = (), move.nbytes
         fetched = dict.fromkeys(event.fetched)
         for residency in self._incoming(move, is_verified=False):
             chunk = residency.chunk
@@ -117,6 +128,8 @@ class Fetching:
                 self.book(move).remove(residency)
         if event.fetched:
             move.lane = Lane.HANDOFF if isinstance(move.routes[0], HandoffAddress) else Lane.TCP
+        if move.lane is Lane.TCP:
+            self.tcp_rate.learn(move.nbytes - nbytes_before, now - move.batch_at, now)
         if event.failure is not None:
             move.problem = event.failure
             move.pending.clear()
@@ -129,16 +142,6 @@ class Fetching:
         move.batch = ()
         move.routes.pop(0)
         move.problem = event.failure if not move.routes else None
-
-    def _routes(self, move: TargetMove) -> list[Route]:
-        """By handoff where both ends are on one host, else over TCP."""
-        source = self._membership.record_of(move.source)
-        mine = self._membership.me.handoff
-        if source is None:
-            return []
-        is_same_host = mine is not None and source.handoff is not None and mine.host_id == source.handoff.host_id
-        routes = (source.handoff if is_same_host else None, source.transfer)
-        return [route for route in routes if route is not None]
 
     def own_fetched(self, move: TargetMove, now: float) -> None:
         """Own all that was fetched and isn't owned yet; suffixes first, so that prefixes are the last to be evicted."""

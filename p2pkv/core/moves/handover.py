@@ -2,7 +2,7 @@
 
 Each attempt names up to `TAKE_BATCH_KEYS` chunks from the manifest's end, suffix first, so that whatever stops it leaves a
 prefix. What it releases is `Outgoing` until the answer for that very attempt: then it is freed or restored. What it shares
-stays here as well, since other chunks hang on it.
+stays here as well, since other chunks hang on it. Pins go along.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from dataclasses import replace
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import TAKE_BATCH_KEYS, Take, TakeAnswer
+from p2pkv.core.messages import TAKE_BATCH_KEYS, Pin, Take, TakeAnswer
 from p2pkv.core.moves.source_move import SourceMove
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.records import ChunkCounts
@@ -47,10 +47,10 @@ class Handover:
         if not move.released and not move.shared:
             return False
         move.answer_by = now + TAKE_ANSWER_S
-        self.send(move)
+        self.send(move, now)
         return True
 
-    def send(self, move: SourceMove) -> None:
+    def send(self, move: SourceMove, now: float) -> None:
         """Send the open attempt, for the first time or again."""
         take = Take(
             event_id=move.plan.event_id,
@@ -59,8 +59,14 @@ class Handover:
             target_generation=move.target_generation,
             released=tuple(move.released),
             shared=tuple(move.shared),
+            pins=self._pins(move, now),
         )
         self._outbox.send(move.target, take)
+
+    def _pins(self, move: SourceMove, now: float) -> tuple[Pin, ...]:
+        named = (self._book(move).get(key) for key in (*move.released, *move.shared))
+        pinned = (residency for residency in named if residency is not None and residency.is_pinned(now))
+        return tuple(Pin(residency.chunk.key, residency.pinned_until - now) for residency in pinned)
 
     def answered(self, move: SourceMove, answer: TakeAnswer) -> ChunkCounts:
         """Close the open attempt by its answer: free what the target owns, restore the rest.

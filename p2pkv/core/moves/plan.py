@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import Location, Position
-from p2pkv.core.keys import ChunkKey, Namespace
+from p2pkv.core.keys import ChunkKey, Identity, Namespace, TokenBytes
 from p2pkv.core.messages import PlanRequest
 from p2pkv.core.prompt import prompt_of
 from p2pkv.core.records import MemberRecord, Selection
@@ -41,31 +41,42 @@ def unknown_location(position: Position, known: Iterable[Location]) -> Failure:
 
 
 def find_manifest(request: PlanRequest, book: Residencies, namespaces: dict[bytes, Namespace]) -> Manifest:
-    """The chunks that `request` takes from `book`: nothing is leased yet.
+    """The chunks that `request` takes from `book`, those of its `reader` alone if it has one: nothing is leased yet.
 
-    With tokens: all that lie wholly inside them along the longest contiguous prefix, in the namespace where that is longest
-    (`model` narrows the choice; of equally long ones the first known wins). With `Selection.ALL`: everything that is owned, but
-    for what hangs in the air because its prefix is gone.
+    With tokens: their prefix (`find_prefix`). With `Selection.ALL`: everything that is owned, but for what hangs in the air
+    because its prefix is gone.
     """
+    if request.reader is not None:
+        namespaces = {digest: each for digest, each in namespaces.items() if digest == request.reader}
     if request.selection is Selection.ALL:
-        held = [each for each in book if each.slot is None and _is_of(namespaces[each.chunk.namespace], request.model)]
+        held = [each for each in book if each.slot is None and _is_of(namespaces.get(each.chunk.namespace), request.model)]
         rooted: dict[ChunkKey, Residency] = {}
         for each in sorted(held, key=lambda each: (each.chunk.start, each.chunk.key)):
             if not each.chunk.start or each.chunk.parent in rooted:
                 rooted[each.chunk.key] = each
         return Manifest(residencies=tuple(rooted.values()), num_tokens=sum(each.chunk.token_count for each in rooted.values()))
+    return find_prefix(book, namespaces, tokens=request.tokens, identity=request.identity, model=request.model)
+
+
+def find_prefix(
+    book: Residencies, namespaces: dict[bytes, Namespace], *, tokens: TokenBytes, identity: Identity, model: str | None
+) -> Manifest:
+    """All chunks in `book` that lie wholly inside `tokens` along the longest contiguous prefix.
+
+    It is that of the namespace where it is longest: `model` narrows the choice, of equally long ones the first known wins.
+    """
     best = Manifest(residencies=(), num_tokens=0)
     for namespace in namespaces.values():
-        if _is_of(namespace, request.model):
-            found = book.within(prompt_of(namespace, request.identity, request.tokens))
+        if _is_of(namespace, model):
+            found = book.within(prompt_of(namespace, identity, tokens))
             num_tokens = max((each.chunk.end for each in found), default=0)
             if num_tokens > best.num_tokens:
                 best = Manifest(residencies=tuple(found), num_tokens=num_tokens)
     return best
 
 
-def _is_of(namespace: Namespace, model: str | None) -> bool:
-    return model is None or namespace.model == model
+def _is_of(namespace: Namespace | None, model: str | None) -> bool:
+    return namespace is not None and model in (None, namespace.model)
 
 
 def namespace_problem(wanted: Iterable[Namespace], target: MemberRecord) -> Failure | None:

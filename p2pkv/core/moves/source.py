@@ -105,7 +105,7 @@ class SourceMoves:
         wall = now + self._config.wall_offset_s
         record = EventRecord(
             event_id=request.event_id,
-            state=EventState.DONE if is_over else EventState.PENDING,
+            state=EventState.DONE if is_over else EventState.RUNNING,
             old_position=old,
             new_position=new,
             operation=request.operation,
@@ -135,7 +135,7 @@ class SourceMoves:
             manifest=manifest.chunks,
             ticket=self._rng.randbytes(32),
             target_generation=target_generation,
-            idle_s=now - max(residency.used_at for residency in manifest.residencies),
+            idle_s=0.0 if request.reader is not None else now - max(residency.used_at for residency in manifest.residencies),
             deadline=deadline,
             silent_by=now + self._config.lease_s,
             resend_at=now + RESEND_S,
@@ -196,7 +196,7 @@ class SourceMoves:
         counts = move.record.chunks
         if is_copy and report.is_complete:
             counts = replace(counts, moved=report.fetched_count, already_there=report.already_there_count)
-        move.record = replace(move.record, state=EventState.RUNNING, nbytes=report.nbytes, lane=report.lane, chunks=counts)
+        move.record = replace(move.record, nbytes=report.nbytes, lane=report.lane, chunks=counts)
         if entered is SourceState.TAKING:
             if is_copy or not report.fetched_count + report.already_there_count:
                 self._finish(move, SourceInput.FINISHED, now)
@@ -287,7 +287,7 @@ class SourceMoves:
                 if move.state is SourceState.OFFERED:
                     self._offer(move, now)
                 elif move.state is SourceState.TAKING:
-                    self._handover.send(move)
+                    self._handover.send(move, now)
 
     def _gives_up_at(self, move: SourceMove) -> float:
         return min(move.deadline, move.answer_by if move.state is SourceState.TAKING else move.silent_by)

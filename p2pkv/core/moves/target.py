@@ -18,13 +18,14 @@ from p2pkv.core.events import FetchEnded, RouteRefused
 from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId, parse_event_id
-from p2pkv.core.keys import ChunkKey, namespace_digest
+from p2pkv.core.keys import namespace_digest
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import FetchReport, ManifestPage, ManifestRequest, Offer, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.plan import unknown_location
 from p2pkv.core.moves.tables import TARGET, TargetInput, TargetState
 from p2pkv.core.moves.target_move import TargetMove
+from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.records import ChunkCounts, EventRecord, Operation, end_state
 from p2pkv.core.residency import Incoming
@@ -142,6 +143,11 @@ class TargetMoves:
         failure = Failure(ErrorCode.PROTOCOL_ERROR, f"Instance {move.source!r} broke the protocol: {reason}.")
         self._refuse(move.offer, move.source, failure)
 
+    @property
+    def tcp_rate(self) -> TcpRate:
+        """How fast bytes come here over TCP."""
+        return self._fetching.tcp_rate
+
     def is_open(self, event_id: EventId) -> bool:
         """Whether this end of a move is under way."""
         return event_id in self._open
@@ -167,7 +173,7 @@ class TargetMoves:
     def fetch_ended(self, event: FetchEnded, now: float) -> None:
         """The lane has brought a batch, or failed to."""
         move = self._open[event.event_id]
-        self._fetching.ended(move, event)
+        self._fetching.ended(move, event, now)
         self._go_on(move, now)
 
     def route_refused(self, event: RouteRefused, now: float) -> None:
@@ -209,31 +215,35 @@ class TargetMoves:
             if take.attempt == move.answer.attempt:  # the source has closed the earlier ones
                 self._outbox.send(sender, move.answer)
             return
-        keys = (*take.released, *take.shared)
         is_open = move is not None and TargetInput.TAKEN in TARGET[move.state]
         if move is None or not is_open or self.is_leaving or take.target_generation != self._config.generation:
-            answer = TakeAnswer(event_id=take.event_id, attempt=take.attempt, taken=(), already_there=(), gone=keys)
+            gone = (*take.released, *take.shared)
+            answer = TakeAnswer(event_id=take.event_id, attempt=take.attempt, taken=(), already_there=(), gone=gone)
         else:
-            answer = self._own(move, take.attempt, keys, now)
+            answer = self._own(move, take, now)
             move.answer = answer
         self._outbox.send(sender, answer)
 
-    def _own(self, move: TargetMove, attempt: int, keys: tuple[ChunkKey, ...], now: float) -> TakeAnswer:
+    def _own(self, move: TargetMove, take: Take, now: float) -> TakeAnswer:
         book = self._fetching.book(move)
+        pinned_until = {pin.key: now + pin.ttl_s for pin in take.pins}
         taken, already_there, gone = [], [], []
-        for key in keys:
+        for key in (*take.released, *take.shared):
             residency = book.get(key)
             if residency is not None and residency.slot == Incoming(move.event_id, is_verified=True):
                 self._holdings.own_staged(book, residency, stage=move.event_id, now=now)
             if residency is None or residency.slot is not None:
                 gone.append(key)
-            elif key in move.fetched:
+                continue
+            residency.leases[move.event_id] = move.deadline  # anew if it came by another move, or an engine, meanwhile
+            residency.pin(pinned_until.get(key, -inf))
+            if key in move.fetched:
                 taken.append(key)
             else:
                 already_there.append(key)
         return TakeAnswer(
             event_id=move.event_id,
-            attempt=attempt,
+            attempt=take.attempt,
             taken=tuple(taken),
             already_there=tuple(already_there),
             gone=tuple(gone),

@@ -16,7 +16,7 @@ class TargetMove:
     """One move whose target is this instance.
 
     `pending` are chunks still to fetch, prefix first, by the first of `routes`, the rest of which are for when that is refused;
-    `batch` is being fetched; `fetched` came over `lane`; `present` were here before. A move that has
+    `batch` is being fetched, since `batch_at`; `fetched` came over `lane`; `present` were here before. A move that has
     ended while its fetch goes on waits for the fetch's end; then, `is_source_lost` decides what becomes of the bytes.
     """
 
@@ -31,6 +31,7 @@ class TargetMove:
     pending: list[Chunk] = field(default_factory=list)
     routes: list[Route] = field(default_factory=list)
     batch: tuple[Chunk, ...] = ()
+    batch_at: float = 0.0
     lane: Lane | None = None
     fetched: dict[ChunkKey, None] = field(default_factory=dict)
     present: dict[ChunkKey, None] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2pkv.core.ids import is_instance_id
 from p2pkv.core.keys import Identity
 from p2pkv.engines.vllm.identity import Bypass, Identities
 from p2pkv.engines.vllm.link import NodeLink
@@ -130,7 +131,10 @@ class SchedulerHalf:
         if tracked.lookup is None or tracked.asked_for != request.num_preemptions:
             tracked.asked_for = request.num_preemptions
             tracked.lookup = self._lookups.ask(
-                _tokens_of(request, request.num_tokens), tracked.identity, lambda: self._identities.identify(request)
+                _tokens_of(request, request.num_tokens),
+                tracked.identity,
+                lambda: self._identities.identify(request),
+                _source_of(request.kv_transfer_params),
             )
         held = self._lookups.answer(tracked.lookup)
         if held is None:
@@ -249,6 +253,12 @@ def _known_identity(tracked: _Tracked) -> Identity | None:
 
 def _tokens_of(request: Any, end: int) -> "array[int]":
     return array("i", request.all_token_ids[:end])
+
+
+def _source_of(parameters: Mapping[str, Any] | None) -> str | None:
+    """The instance that a router says holds the prompt: what another engine's answer had in its `kv_transfer_params`."""
+    source = None if parameters is None else parameters.get("instance")
+    return source if isinstance(source, str) and is_instance_id(source) else None
 
 
 def _is_save_skipped(parameters: Mapping[str, Any] | None) -> bool:

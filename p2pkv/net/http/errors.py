@@ -33,6 +33,7 @@ STATUS: Mapping[ErrorCode, int] = {
     ErrorCode.STORE_FULL: 507,
     ErrorCode.UNAUTHORIZED: 401,
     ErrorCode.FORBIDDEN: 403,
+    ErrorCode.NOT_IMPLEMENTED: 501,
 }
 
 _log = logger("http")
