@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from p2pkv.core.keys import Identity
-from p2pkv.engines import EngineCache
+from p2pkv.engines import EngineCache, Lookup
 from p2pkv.engines.cache import Take, Tokens
 from tests.live.command_line import wait_gone
 from tests.vllm.connected import ANSWER_TOKENS, CHUNK, Engine, engine_on, node_pid, prompt_of, wait_until
@@ -125,12 +125,12 @@ def test_what_is_gone_by_the_time_it_is_loaded_is_computed(engine: Engine, monke
     engine.answer(prompt[:500])
     engine.wait_until_held(prompt[:500])
     errors = engine.metric("load_errors")
-    monkeypatch.setattr(EngineCache, "lookup", lambda cache, tokens, identity=None: len(tokens))
+    monkeypatch.setattr(EngineCache, "peek", lambda cache, tokens, identity, *, source: Lookup(len(tokens), is_fetching=False))
     assert engine.answer(prompt)[0] == computed
     assert engine.metric("load_errors") == errors + 1
     monkeypatch.undo()
     engine.wait_until_held(prompt)
-    monkeypatch.setattr(EngineCache, "lookup", lambda cache, tokens, identity=None: len(tokens))
+    monkeypatch.setattr(EngineCache, "peek", lambda cache, tokens, identity, *, source: Lookup(len(tokens), is_fetching=False))
     assert engine.answer(prompt_of(300, seed=11))[0] == engine.answer(prompt_of(300, seed=11), salt="none of it")[0]
 
 
