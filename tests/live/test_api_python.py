@@ -15,7 +15,7 @@ import trio
 from p2pkv.client import open_client
 from p2pkv.engines import EngineCache, Identity, KVLayout
 from p2pkv.rendezvous import NodeCard, is_living, place_of, read_card, runtime_directory
-from tests.live.command_line import free_port
+from tests.live.command_line import free_port, wait_gone
 from tests.live.doors import open_cluster
 
 pytestmark = pytest.mark.live
@@ -58,7 +58,7 @@ def folder() -> Iterator[None]:
         for name in "ab":
             if (card := card_of(name)) is not None:
                 os.kill(card.pid, signal.SIGTERM)
-                os.waitpid(card.pid, 0)
+                wait_gone(card.pid)
 
 
 def card_of(name: str) -> NodeCard | None:
