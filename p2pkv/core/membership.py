@@ -228,9 +228,7 @@ class Membership:
             self._refuse_name(peer.link, hello, now)
 
     def _refuse_name(self, link: LinkId, hello: Hello, now: float) -> None:
-        detail = (
-            f"An instance named {hello.me.instance!r} is alive in cluster {self._cluster!r}. Choose another name, or stop it."
-        )
+        detail = f"{hello.me.instance!r} is alive in cluster {self._cluster!r}. Choose another name, or stop that instance."
         self.refuse(link, ErrorCode.INSTANCE_ID_IN_USE, detail, now)
 
     def _met(self, peer: Link, hello: Hello, now: float) -> None:
@@ -238,10 +236,13 @@ class Membership:
         if member is not None and hello.me.generation < member.record.generation:
             self._refuse_name(peer.link, hello, now)
         elif member is not None and hello.me.generation > member.record.generation and member.link is not None:
-            peer.challenge, peer.challenged_until = hello, now + CHALLENGE_S
-            self._outbox.send_on(member.link, Ping(nonce=peer.link))
+            self._challenge(peer, hello, member.link, now)
         else:
             self._accept(peer, hello, now)
+
+    def _challenge(self, newcomer: Link, hello: Hello, holder: LinkId, now: float) -> None:
+        newcomer.challenge, newcomer.challenged_until = hello, now + CHALLENGE_S
+        self._outbox.send_on(holder, Ping(nonce=newcomer.link))
 
     def _accept(self, peer: Link, hello: Hello, now: float) -> None:
         record = replace(hello.me, state=MemberState.ALIVE)
@@ -263,6 +264,8 @@ class Membership:
         self._reached(peer, record)
         if old_link is not None:
             self._drop(old_link, "another link to the same instance serves", now)
+            for newcomer, its_hello in self._waiting_for(record.instance):  # the old link may have lost the Ping
+                self._challenge(newcomer, its_hello, peer.link, now)
         for other in hello.members:
             self._learn(other, now)
         self.news.append(Joined(record.instance))
@@ -370,15 +373,17 @@ class Membership:
 
     def _give_name(self, instance: InstanceId, now: float) -> None:
         """The holder of a name is gone, or doesn't answer: the newest of the newcomers that wait for it gets it."""
-        waiting = [(link, link.challenge) for link in self._links.values() if link.challenge is not None]
-        waiting = [(link, hello) for link, hello in waiting if hello.me.instance == instance]
-        waiting.sort(key=lambda each: each[1].me.generation)
+        waiting = self._waiting_for(instance)
         for link, _ in waiting:
             link.challenge, link.challenged_until = None, inf
         for link, hello in waiting[:-1]:
             self._refuse_name(link.link, hello, now)
         for link, hello in waiting[-1:]:
             self._accept(link, hello, now)
+
+    def _waiting_for(self, instance: InstanceId) -> list[tuple[Link, Hello]]:
+        waiting = [(link, link.challenge) for link in self._links.values() if link.challenge is not None]
+        return sorted((each for each in waiting if each[1].me.instance == instance), key=lambda each: each[1].me.generation)
 
     def _end(self, member: Member, state: MemberState, now: float) -> None:
         member.record = replace(member.record, state=state)

@@ -281,6 +281,21 @@ def test_a_name_is_free_at_once_when_its_holders_link_breaks() -> None:
     assert not solo.is_closed(newcomer)
 
 
+def test_a_holder_whose_link_is_replaced_while_its_name_is_decided_is_asked_again() -> None:
+    """The first Ping went out on a link that both ends give up in favour of another, so nobody answers it there."""
+    solo = Solo()
+    old = solo.join("a", 1)
+    newcomer = solo.join("a", 2)
+    solo.run(CHALLENGE_S - 0.01)
+    new = solo.join("a", 1)
+    assert solo.is_closed(old)
+    solo.run(CHALLENGE_S - 0.01)
+    [ping] = solo.heard(new, Ping)
+    solo.say(new, Pong(ping.nonce))
+    assert not solo.is_closed(new)
+    assert [goodbye.failure.code for goodbye in solo.heard(newcomer, Goodbye)] == [ErrorCode.INSTANCE_ID_IN_USE]
+
+
 def test_a_late_challenge_wakes_nobody_before_its_time() -> None:
     """The newcomer's Hello came so late that the challenge outlasts the handshake's deadline."""
     solo = Solo()
