@@ -20,9 +20,9 @@ from p2pkv.core.events import (
 from p2pkv.core.ids import Address, Generation, InstanceId, LinkId, RequestId
 from p2pkv.core.keys import Identity, Namespace, TokenBytes, fingerprint
 from p2pkv.core.machine import Machine
-from p2pkv.core.messages import PROTOCOL_VERSION, Hello, Message
+from p2pkv.core.messages import PROTOCOL_VERSION, Goodbye, Hello, Message, Status
 from p2pkv.core.records import MemberRecord, MemberState
-from p2pkv.errors import Failure
+from p2pkv.errors import ErrorCode, Failure
 from tests.core.builders import IDENTITY, NAMESPACE, Limits, config_of, member
 
 T = TypeVar("T")
@@ -179,6 +179,23 @@ class Solo:
         assert answer is not None
         assert isinstance(answer.value, Found)
         return answer.value.num_tokens
+
+
+def status(me: MemberRecord) -> Status:
+    """A Status of somebody who holds nothing."""
+    return Status(me=me, sequence=0, entry_count=0, entry_sum=0)
+
+
+def dialed(solo: Solo) -> list[Address]:
+    """All that were dialed so far."""
+    return [dial.address for dial in solo.effects(effects.OpenLink)]
+
+
+def goodbye_of(solo: Solo, link: LinkId) -> ErrorCode:
+    """Why a link was refused, and closed."""
+    (goodbye,) = solo.heard(link, Goodbye)
+    assert solo.is_closed(link), "a Goodbye is the last word"
+    return goodbye.failure.code
 
 
 def staged_keys(ordered: list[Effect]) -> list[bytes]:
