@@ -30,11 +30,11 @@ SMALL_LAYOUT = KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="float32")
 HEAD_DIM = 128
 PIECE_NBYTES = 256 * 2**20
 """Stored at a time: a fraction of a second, and then a signal is looked for."""
-SETTLE_S = 15.0
+SETTLE_S = 6.0
 """What a move under way gets to end before its chunks are cleared: longer than it takes to find out that an end is dead."""
 CLEAR_S = 3.0
 """What a node's answer may take then: one that stands still shall not keep the chunks at the other end."""
-REPLY_S = 10.0
+REPLY_S = 5.0
 """What the engine's socket may take for each answer."""
 PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
 

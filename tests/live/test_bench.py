@@ -161,22 +161,6 @@ def test_when_the_asked_node_is_lost_both_ends_are_cleared(cluster: Cluster, nod
     until(lambda: (held(a), held(slow)) == before)
 
 
-def test_a_node_that_stands_still_is_said_to_be_left_behind(cluster: Cluster, nodes: list[NodeProcess]) -> None:
-    a, slow, _ = nodes
-    (node,) = cluster.start(still=())
-    until(lambda: states(slow).get("still") == "alive")
-    before = held(a), held(slow)
-    with start_bench("slow", "still", *LONG, "--via", slow.http_url) as bench:
-        until(lambda: bool(running(slow)), within_s=20)
-        node.suspend()
-        bench.send_signal(signal.SIGINT)
-        _, told = bench.communicate(timeout=60)
-    node.resume()
-    assert bench.returncode == 1
-    assert told.startswith("Error: left behind: what still has of the model p2pkv-bench/slow (")
-    assert (held(a), held(slow)) == before
-
-
 def test_two_from_one_source_would_clear_each_others_chunks(cluster: Cluster, nodes: list[NodeProcess]) -> None:
     with (cluster.folder / "p2pkv" / "a" / "bench.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
