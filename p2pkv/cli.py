@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from p2pkv.commands.exit_codes import ExitCode
-from p2pkv.errors import ConfigError, InvalidRequestError, NodeUnreachableError, P2pkvError
+from p2pkv.commands.exit_codes import exit_code_of, only_error
+from p2pkv.commands.options import AsJson, ConfigFile, Model, Salt, Tokens, TokensFile, Via, example
+from p2pkv.errors import ConfigError, P2pkvError
 
 if TYPE_CHECKING:
     from p2pkv.config import NodeConfig
@@ -28,36 +29,12 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (P2pkvError, KeyboardInterrupt, BaseExceptionGroup) as raised:
-            error = _only(raised)
+            error = only_error(raised)
             if not isinstance(error, P2pkvError | KeyboardInterrupt):
                 raise
             if isinstance(error, P2pkvError):
                 typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(_exit_code(error)) from raised
-
-
-def _only(error: BaseException) -> BaseException:
-    """The error in a group of one, as nurseries wrap it."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
-def _exit_code(error: P2pkvError | KeyboardInterrupt) -> ExitCode:
-    match error:
-        case KeyboardInterrupt():
-            return ExitCode.DONE
-        case ConfigError() | InvalidRequestError():
-            return ExitCode.WRONG_USAGE
-        case NodeUnreachableError():
-            return ExitCode.NO_NODE
-        case _:
-            return ExitCode.FAILED
-
-
-def _example(*lines: str) -> str:
-    """The end of a command's help: how it is called, with values that work for the seed's two instances."""
-    return "\n".join(("\b", "For example:", *(f"  {line}" for line in lines)))
+            raise typer.Exit(exit_code_of(error)) from raised
 
 
 app = typer.Typer(
@@ -69,32 +46,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        envvar=["P2PKV_CONFIG_FILE", "LMCACHE_CONFIG_FILE"],
-        help="The instance's yaml; without one, variables say it all.",
-    ),
-]
-Via = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="The node to ask; left out: the shared port, then the nodes of this host."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Tokens = Annotated[str | None, typer.Option("--tokens", metavar="1,2,3", help="Token ids of the prompt.")]
-TokensFile = Annotated[Path | None, typer.Option("--tokens-file", metavar="FILE", help="A file that holds the token ids.")]
-Model = Annotated[str | None, typer.Option(help="Whose cache; only needed when an instance serves several models.")]
-Salt = Annotated[str, typer.Option("--cache-salt", help="The salt that the prompt was stored with.")]
-
 
 def main() -> None:
     """Run `p2pkv`."""
     app()
 
 
-@app.command(epilog=_example("p2pkv node --config topology/pair/instance1.yaml"))
+@app.command(epilog=example("p2pkv node --config topology/pair/instance1.yaml"))
 def node(*, config: ConfigFile = None) -> None:
     """Run one instance's node until SIGTERM or Ctrl-C."""
     import trio
@@ -104,7 +62,7 @@ def node(*, config: ConfigFile = None) -> None:
     trio.run(run_node, _read_config(config))
 
 
-@app.command(epilog=_example("p2pkv controller --port 9000 --monitor-port 9001"))
+@app.command(epilog=example("p2pkv controller --port 9000 --monitor-port 9001"))
 def controller(
     *,
     host: Annotated[str, typer.Option(help="Where its ports are, for all of them.")] = "localhost",
@@ -120,7 +78,7 @@ def controller(
     trio.run(run_node, NodeConfig.of_controller(host=host, port=port, monitor_port=monitor_port))
 
 
-@app.command(epilog=_example("p2pkv up topology/pair"))
+@app.command(epilog=example("p2pkv up topology/pair"))
 def up(folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="FOLDER")]) -> None:
     """Run a node for every *.yaml of a folder, and keep them running until SIGTERM or Ctrl-C."""
     import trio
@@ -130,7 +88,7 @@ def up(folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, meta
     trio.run(keep_up, read_folder(folder))
 
 
-@app.command(epilog=_example("p2pkv engine --config topology/pair/instance1.yaml --port 8000"))
+@app.command(epilog=example("p2pkv engine --config topology/pair/instance1.yaml --port 8000"))
 def engine(
     *,
     config: ConfigFile = None,
@@ -149,7 +107,7 @@ def engine(
     trio.run(partial(run_engine, source, port=port, model_directory=model, served_model_names=served_model_name or []))
 
 
-@app.command(epilog=_example("p2pkv token --config instance.yaml --read-only"))
+@app.command(epilog=example("p2pkv token --config instance.yaml --read-only"))
 def token(
     *,
     config: ConfigFile = None,
@@ -166,7 +124,7 @@ def token(
     typer.echo(json.dumps({"token": access}) if as_json else access)
 
 
-@app.command(epilog=_example("p2pkv demo", "p2pkv demo --vllm"))
+@app.command(epilog=example("p2pkv demo", "p2pkv demo --vllm"))
 def demo(
     *,
     with_vllm: Annotated[
@@ -184,7 +142,7 @@ def demo(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "p2pkv move lmcache_instance_1/LocalCPUBackend lmcache_instance_2/LocalCPUBackend --tokens 1,2,3,4 --wait",
         "p2pkv move lmcache_instance_1/LocalCPUBackend lmcache_instance_2/LocalCPUBackend --all --copy",
     )
@@ -223,7 +181,7 @@ def move(
     show(reply, move_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv lookup --tokens 1,2,3,4", "p2pkv lookup --tokens-file prompt.json --json"))
+@app.command(epilog=example("p2pkv lookup --tokens 1,2,3,4", "p2pkv lookup --tokens-file prompt.json --json"))
 def lookup(
     *,
     tokens: Tokens = None,
@@ -243,7 +201,7 @@ def lookup(
         show(client.call("POST", "/lookup", body), lookup_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv members", "p2pkv members --via http://localhost:9000 --json"))
+@app.command(epilog=example("p2pkv members", "p2pkv members --via http://localhost:9000 --json"))
 def members(*, via: Via = None, as_json: AsJson = False) -> None:
     """Every instance that the node knows, and how full it is."""
     from p2pkv.commands.client import open_client
@@ -253,7 +211,7 @@ def members(*, via: Via = None, as_json: AsJson = False) -> None:
         show(client.call("GET", "/members"), members_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv event move~lmcache_instance_1~lmcache_instance_2~lmcache_instance_2~0123456789abcdef"))
+@app.command(epilog=example("p2pkv event move~lmcache_instance_1~lmcache_instance_2~lmcache_instance_2~0123456789abcdef"))
 def event(
     event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
 ) -> None:
@@ -267,7 +225,7 @@ def event(
         show(client.call("GET", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv events", "p2pkv events --json"))
+@app.command(epilog=example("p2pkv events", "p2pkv events --json"))
 def events(*, via: Via = None, as_json: AsJson = False) -> None:
     """The moves that the node knows of, newest first."""
     from p2pkv.commands.client import open_client
@@ -277,7 +235,7 @@ def events(*, via: Via = None, as_json: AsJson = False) -> None:
         show(client.call("GET", "/events"), events_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv cancel move~lmcache_instance_1~lmcache_instance_2~lmcache_instance_2~0123456789abcdef"))
+@app.command(epilog=example("p2pkv cancel move~lmcache_instance_1~lmcache_instance_2~lmcache_instance_2~0123456789abcdef"))
 def cancel(
     event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
 ) -> None:
@@ -291,7 +249,7 @@ def cancel(
         show_cancelled(client.call("DELETE", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv clear lmcache_instance_1/LocalCPUBackend"))
+@app.command(epilog=example("p2pkv clear lmcache_instance_1/LocalCPUBackend"))
 def clear(
     position: Annotated[str, typer.Argument(metavar="INSTANCE/LOCATION", show_default=False)],
     *,
@@ -309,7 +267,7 @@ def clear(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "p2pkv pin lmcache_instance_1/LocalCPUBackend --tokens 1,2,3,4 --ttl 3600",
         "p2pkv pin lmcache_instance_1/LocalCPUBackend --tokens-file prompt.json",
     )
@@ -335,7 +293,7 @@ def pin(
         show(client.call("POST", "/pin", body), pin_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv unpin lmcache_instance_1/LocalCPUBackend --tokens 1,2,3,4"))
+@app.command(epilog=example("p2pkv unpin lmcache_instance_1/LocalCPUBackend --tokens 1,2,3,4"))
 def unpin(
     position: Annotated[str, typer.Argument(metavar="INSTANCE/LOCATION", show_default=False)],
     *,
@@ -357,7 +315,7 @@ def unpin(
         show(client.call("POST", "/unpin", body), unpin_text, as_json=as_json)
 
 
-@app.command(epilog=_example("p2pkv health lmcache_instance_1"))
+@app.command(epilog=example("p2pkv health lmcache_instance_1"))
 def health(
     instance: Annotated[str, typer.Argument(metavar="INSTANCE", show_default=False)],
     *,
@@ -370,6 +328,50 @@ def health(
 
     with open_client(via, os.environ) as client:
         show(client.call("POST", "/health", {"instance_id": instance}), health_text, as_json=as_json)
+
+
+@app.command(epilog=example("p2pkv top", "p2pkv top --via http://localhost:9000 --interval 0.5", "p2pkv top --once"))
+def top(
+    *,
+    interval: Annotated[float, typer.Option(metavar="S", min=0.1, help="Seconds from one picture to the next.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end, as where no terminal is.")] = False,
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch the cluster: its instances, how full they are, and the moves that the asked node knows; until Ctrl-C or q.
+
+    When the node no longer answers, the screen says so, and it is tried again: the next member, unless --via names the node.
+    """
+    from p2pkv.commands.top import top
+
+    top(via, os.environ, interval_s=interval, once=once, as_json=as_json)
+
+
+@app.command(
+    epilog=example(
+        "p2pkv bench lmcache_instance_1 lmcache_instance_2",
+        "p2pkv bench lmcache_instance_1 lmcache_instance_2 --chunks 8 --chunk-size 4MiB --rounds 20 --json",
+    )
+)
+def bench(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="TARGET", show_default=False)],
+    *,
+    chunks: Annotated[int, typer.Option(min=1, max=65_536, metavar="N", help="Chunks of a large move.")] = 32,
+    chunk_size: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of each: B, KiB, MiB or GiB.")] = "32MiB",
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Large moves there, and as many back.")] = 5,
+    via: Via = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure moves between two running instances, there and back, with chunks of its own that it clears at the end.
+
+    The source's node must be on this host: chunks are stored there as by an engine, under a model of their own. Nothing is
+    evicted for them: with too little free room at either end it refuses. Ctrl-C prints what was measured so far.
+    """
+    from p2pkv.commands.bench import Sizes, bench
+    from p2pkv.commands.bench_report import parse_size
+
+    bench(source, target, Sizes(chunks, parse_size(chunk_size), rounds), via, as_json=as_json)
 
 
 def _read_config(path: Path | None) -> "NodeConfig":

@@ -10,7 +10,7 @@ import httpx2
 from p2pkv.cluster_key import access_token
 from p2pkv.config import NodeConfig, parse_address
 from p2pkv.core.ids import Address
-from p2pkv.errors import ConfigError, NodeUnreachableError
+from p2pkv.errors import ConfigError, ErrorCode, Failure, NodeUnreachableError, P2pkvError, failure_error
 from p2pkv.rendezvous import living_cards, runtime_directory
 
 DEFAULT_SHARED_ADDRESS = Address("localhost", 9000)
@@ -44,6 +44,23 @@ class NodeClient:
     def __init__(self, http: httpx2.Client) -> None:
         self._http = http
 
+    @property
+    def url(self) -> str:
+        """Where it calls."""
+        return str(self._http.base_url).rstrip("/")
+
+    def ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """Make one call that should succeed, and give its answer's fields.
+
+        Raises:
+            NodeUnreachableError: As `call`.
+            P2pkvError: The node refused; a `FailureError` where it said why in a code of ours.
+        """
+        reply = self.call(method, path, body)
+        if not reply.is_success:
+            raise _refusal(reply)
+        return reply.body
+
     def call(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Reply:
         """Make one call.
 
@@ -63,8 +80,13 @@ class NodeClient:
 
 
 @contextmanager
-def open_client(via: str | None, environ: Mapping[str, str]) -> Iterator[NodeClient]:
+def open_client(via: str | None, environ: Mapping[str, str], *, answer_s: float = ANSWER_S) -> Iterator[NodeClient]:
     """A client of the node at `via`, or else of the first that answers: on the shared port, then in the runtime directory.
+
+    Args:
+        via: URL of a node's HTTP door.
+        environ: Where the node is, if `via` doesn't say so, and what it wants to be shown.
+        answer_s: How long each call waits for its answer, in seconds.
 
     Raises:
         ConfigError: The runtime directory, or the configuration that says where the node is and what it wants to be shown,
@@ -76,12 +98,20 @@ def open_client(via: str | None, environ: Mapping[str, str]) -> Iterator[NodeCli
     url = via or _find_node(environ)
     try:
         # No proxy: a node is reached directly or not at all.
-        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
+        timeout = httpx2.Timeout(answer_s, connect=min(CONNECT_S, answer_s))
         http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
     except httpx2.InvalidURL as error:
         raise NodeUnreachableError(f"{url} is no address of a node: {error}") from error
     with http:
         yield NodeClient(http)
+
+
+def _refusal(reply: Reply) -> P2pkvError:
+    detail = str(reply.body.get("detail", reply.body))
+    try:
+        return failure_error(Failure(ErrorCode(reply.body.get("error", "")), detail))
+    except ValueError:  # the door's own, such as a page's
+        return P2pkvError(detail)
 
 
 def _stranger(url: httpx2.URL) -> NodeUnreachableError:

@@ -2,11 +2,13 @@
 
 On a new websocket both ends prove first that they belong to the cluster; who can't is refused, and nothing is reported. After
 that each link reports `LinkOpened`, then a `MessageReceived` for each message, then `LinkLost`; the first and the last exactly
-once. One task reads, one writes. Sending only enqueues; a peer that doesn't read fast enough loses its link and holds nobody
-up. A peer that sends what is no message is told so in a `Goodbye` and disconnected; the others don't notice.
+once. A short message goes out at once when none waits before it; any other is enqueued for the task that writes. A peer that
+doesn't read fast enough loses its link and holds nobody up. A peer that sends what is no message is told so in a `Goodbye` and
+disconnected; the others don't notice.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import count
 
 import trio
@@ -20,7 +22,7 @@ from p2pkv.net.dial_rules import DialRules
 from p2pkv.net.driver import EventSink
 from p2pkv.net.logs import logger
 from p2pkv.net.proof import Prover
-from p2pkv.net.websockets import WEBSOCKET_ERRORS, dial_websocket, end_name, first_reason
+from p2pkv.net.websockets import WEBSOCKET_ERRORS, Websocket, dial_websocket, end_name, first_reason
 from p2pkv.wire.codec import peer_codec
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
 from p2pkv.wire.proof import Who
@@ -43,7 +45,7 @@ _log = logger("links")
 class _Link:
     """One open websocket, and what is queued for it."""
 
-    def __init__(self, link: LinkId, websocket: WebSocketConnection, proven: Who) -> None:
+    def __init__(self, link: LinkId, websocket: Websocket, proven: Who) -> None:
         self.id = link
         self.peer = end_name(websocket.remote)
         self._proven = proven
@@ -55,10 +57,12 @@ class _Link:
         self._is_closing = False
 
     def send(self, message: Message) -> None:
-        """Enqueue `message`, unless the link is closing."""
+        """Send `message` or enqueue it, unless the link is closing."""
         if self._is_closing:
             return
         data = peer_codec().encode(message)
+        if not self._queued_nbytes and self._websocket.send_now(data):
+            return
         self._queued_nbytes += len(data)
         try:
             self._into_queue.send_nowait(data)
@@ -96,17 +100,23 @@ class _Link:
     async def read(self, report: EventSink) -> None:
         """Report what comes in, until the websocket ends or the peer breaks the protocol."""
         try:
-            while True:
-                message = _decode(await self._websocket.get_message())
-                if isinstance(message, Hello) and _who(message) != self._proven:
-                    raise RemoteProtocolError("its Hello is another's than it has proven to be")
-                report(MessageReceived(self.id, message))
+            await self._websocket.take_each(partial(self._take, report))
         except ConnectionClosed as closed:
             self.close(_closed_reason(closed))
+
+    def _take(self, report: EventSink, data: str | bytes) -> None:
+        if self._is_closing:
+            return
+        try:
+            message = _decode(data)
+            if isinstance(message, Hello) and _who(message) != self._proven:
+                raise RemoteProtocolError("its Hello is another's than it has proven to be")
         except RemoteProtocolError as error:
             _log.warning("a peer broke the protocol", link=self.id, peer=self.peer, reason=str(error))
             self.send(Goodbye(Failure(ErrorCode.PROTOCOL_ERROR, str(error))))
             self.close(f"it broke the protocol: {error}")
+            return
+        report(MessageReceived(self.id, message))
 
 
 class PeerLinks:
@@ -143,12 +153,13 @@ class PeerLinks:
     async def accept(self, request: WebSocketRequest, report: EventSink) -> None:
         """Accept a peer's websocket and keep the link until it is lost, reporting all that happens to it."""
         websocket = await request.accept()
+        assert isinstance(websocket, Websocket), "the door made it"
         proven = await self._prove(websocket, self._prover.prove_to_dialer)
         if proven is not None:
             await self._keep(websocket, proven, None, report)
 
     def send(self, link: LinkId, message: Message) -> None:
-        """Enqueue `message`; on a link that is lost already, nothing happens. A full queue closes the link."""
+        """Send `message` or enqueue it; on a link that is lost already, nothing happens. A full queue closes the link."""
         if link in self._links:
             self._links[link].send(message)
 
@@ -164,9 +175,7 @@ class PeerLinks:
         while self._links:
             await self._link_lost.wait()
 
-    async def _prove(
-        self, websocket: WebSocketConnection, prove: Callable[[WebSocketConnection], Awaitable[Who]]
-    ) -> Who | None:
+    async def _prove(self, websocket: Websocket, prove: Callable[[WebSocketConnection], Awaitable[Who]]) -> Who | None:
         """Who is at the other end; None when it was refused, or refuses us."""
         peer = end_name(websocket.remote)
         try:
@@ -179,7 +188,7 @@ class PeerLinks:
             _log.warning("a proof was broken off", peer=peer, reason=_closed_reason(closed))
         return None
 
-    async def _keep(self, websocket: WebSocketConnection, proven: Who, dialed: Address | None, report: EventSink) -> None:
+    async def _keep(self, websocket: Websocket, proven: Who, dialed: Address | None, report: EventSink) -> None:
         link = _Link(next(self._ids), websocket, proven)
         self._links[link.id] = link
         report(LinkOpened(link.id, dialed))

@@ -4,11 +4,13 @@ What the other end does wrong until then, and in frames later, ends its connecti
 its sockets by itself.)
 """
 
+import fcntl
 import math
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 import wsproto.utilities
@@ -21,6 +23,7 @@ from trio_websocket import (
     WebSocketRequest,
 )
 from wsproto import ConnectionType, WSConnection
+from wsproto.connection import ConnectionState
 from wsproto.events import AcceptConnection, BytesMessage, Request, TextMessage
 
 from p2pkv.browser_guard import Refusal
@@ -41,6 +44,11 @@ RECEIVE_NBYTES = 64 * 1024
 """Of one read; trio-websocket's own 4 KiB would make 2,000 reads of the longest message."""
 MAX_ACCEPTED_NBYTES = max(MAX_MESSAGE_NBYTES, MAX_BODY_NBYTES)
 """The longest message that any of the websockets here takes; each refuses itself what is too long for it."""
+
+SEND_NOW_NBYTES = 4096
+"""A longer message waits its turn."""
+_SIOCOUTQNSD = 0x894B
+"""`ioctl`: the bytes of a TCP socket that aren't sent yet (linux/sockios.h)."""
 
 PARTS_AT_ONCE = 1024
 """Of one message, so many parts are kept before they are joined. The longest message in reads of `RECEIVE_NBYTES` has 256."""
@@ -88,7 +96,7 @@ async def serve_websockets(
 @asynccontextmanager
 async def dial_websocket(
     places: Sequence[Address], path: str, headers: Sequence[tuple[bytes, bytes]] = ()
-) -> AsyncIterator[WebSocketConnection]:
+) -> AsyncIterator["Websocket"]:
     """A websocket to `path`, open within `DIAL_S`; its connection is closed on exit, without a handshake.
 
     Args:
@@ -103,7 +111,7 @@ async def dial_websocket(
         with trio.fail_after(DIAL_S) as limit:
             place, connected = await connect(places, within_s=DIAL_S)
             async with connected as stream:
-                websocket = _Websocket(
+                websocket = Websocket(
                     stream,
                     WSConnection(ConnectionType.CLIENT),
                     host=str(place),
@@ -139,14 +147,16 @@ def end_name(end: Endpoint | str) -> str:
     return end if isinstance(end, str) else f"{end.address}:{end.port}"
 
 
-class _Websocket(WebSocketConnection):
+class Websocket(WebSocketConnection):
     """A websocket that ends at once if its handshake can't be completed, and whose messages cost what they contain.
 
-    trio-websocket would wait on, and would keep each fragment of a message, however many there are and however empty.
+    trio-websocket would wait on, and would keep each fragment of a message, however many there are and however empty. A message
+    that it sends, or takes in, also needs several turns of the event loop: `send_now` and `take_each` need none.
     """
 
     _is_shaken = False
     _joined_count = 0
+    _take: Callable[[str | bytes], None] | None = None
 
     async def read(self) -> None:
         """Take what comes, until the connection ends.
@@ -166,6 +176,36 @@ class _Websocket(WebSocketConnection):
         """Wait until an accepted connection has asked for a websocket."""
         return await self._get_request()
 
+    def send_now(self, data: bytes) -> bool:
+        """Send a short message at once, if the connection takes it whole without waiting; False when nothing was sent."""
+        stream = self._stream
+        is_ready = self._wsproto.state is ConnectionState.OPEN and not self._stream_lock.locked()
+        if not is_ready or len(data) > SEND_NOW_NBYTES or not isinstance(stream, trio.SocketStream):
+            return False
+        frame = self._wsproto.send(BytesMessage(data))
+        connection = stream.socket.fileno()
+        try:
+            if any(fcntl.ioctl(connection, _SIOCOUTQNSD, bytes(4))):
+                return False
+            sent = os.write(connection, frame)
+        except OSError:
+            return False  # what is wrong, whoever sends and waits is told
+        if sent < len(frame):
+            raise AssertionError("a socket that had nothing to send took part of a short message")
+        return True
+
+    async def take_each(self, take: Callable[[str | bytes], None]) -> NoReturn:
+        """Give each message to `take` as it comes in.
+
+        Raises:
+            ConnectionClosed: The websocket has ended.
+        """
+        while True:
+            take(await self.get_message())
+            waiting = self._recv_channel.statistics()
+            if not waiting.current_buffer_used and not waiting.tasks_waiting_send:
+                self._take = take
+
     async def _handle_request_event(self, event: Request) -> None:
         self._is_shaken = True
         await super()._handle_request_event(event)
@@ -175,6 +215,10 @@ class _Websocket(WebSocketConnection):
         await super()._handle_accept_connection_event(event)
 
     async def _handle_message_event(self, event: BytesMessage | TextMessage) -> None:
+        if self._take is not None and event.message_finished and not self._message_parts:
+            self._take(event.data if isinstance(event.data, str) else bytes(event.data))
+            await trio.lowlevel.checkpoint()
+            return
         await super()._handle_message_event(event)
         parts: list[Any] = self._message_parts  # all bytes, or all text
         if len(parts) <= 1:
@@ -196,7 +240,7 @@ async def _serve_stream(
         return
     try:
         async with stream, trio.open_nursery() as nursery:
-            websocket = _Websocket(
+            websocket = Websocket(
                 stream,
                 WSConnection(ConnectionType.SERVER),
                 max_message_size=MAX_ACCEPTED_NBYTES,

@@ -1,6 +1,7 @@
 """Nodes as processes that a module's tests share, and what can be asked at each of their doors."""
 
 import json
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -86,6 +87,13 @@ class NodeProcess:
         """End the process without a word."""
         self._process.kill()
         self._process.wait()
+
+    def suspend(self) -> None:
+        """Have the process stand still."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """End the process, which is waited for, and the client."""

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -111,6 +112,12 @@ async def stranger(server: Peer) -> AsyncIterator[WebSocketConnection]:
         yield websocket
 
 
+async def _binary(websocket: WebSocketConnection) -> bytes:
+    message = await websocket.get_message()
+    assert isinstance(message, bytes)
+    return message
+
+
 async def test_messages_arrive_both_ways_and_in_order(server: Peer, client: Peer) -> None:
     there, back = await client.wait_link(), await server.wait_link()
     for nonce in range(100):
@@ -120,6 +127,51 @@ async def test_messages_arrive_both_ways_and_in_order(server: Peer, client: Peer
     await client.wait_for(lambda event: event == MessageReceived(there, Pong(99)))
     assert server.messages() == [Ping(nonce) for nonce in range(100)]
     assert client.messages() == [Pong(nonce) for nonce in range(100)]
+
+
+async def test_short_messages_do_not_overtake_long_ones(server: Peer, client: Peer) -> None:
+    page = replace(LONG, tokens=bytes(2**18))
+    sent: list[Message] = [page, Ping(1), page, Ping(2), Ping(3)]
+    link = await server.wait_link()
+    for message in sent:
+        server.links.send(link, message)
+    await client.wait_for(lambda event: isinstance(event, MessageReceived) and event.message == Ping(3))
+    assert client.messages() == sent
+
+
+async def test_short_messages_that_a_slow_reader_has_no_room_for_wait_and_arrive(server: Peer) -> None:
+    """Its end's buffers fill; from then on messages queue, and none is lost, torn or out of order."""
+    count = links.QUEUE_MESSAGES // 2
+    page = replace(LONG, tokens=bytes(websockets.SEND_NOW_NBYTES // 2))
+    async with stranger(server) as websocket:
+        link = await server.wait_link()
+        sent: list[Message] = [LONG]
+        for index in range(count):
+            sent += [replace(page, event_id=str(index))]
+        for message in sent:
+            server.links.send(link, message)
+        received: list[Message] = []
+        with trio.fail_after(10):
+            while len(received) < len(sent):
+                received.append(peer_codec().decode(await _binary(websocket)))
+        assert received == sent
+
+
+async def test_what_comes_right_behind_the_proof_is_reported_in_order(server: Peer) -> None:
+    async with stranger(server) as websocket:
+        for nonce in range(20):
+            await websocket.send_message(peer_codec().encode(Ping(nonce)))
+        link = await server.wait_link()
+        await server.wait_for(lambda event: event == MessageReceived(link, Ping(19)))
+        assert server.messages() == [Ping(nonce) for nonce in range(20)]
+
+
+async def test_nothing_after_garbage_is_reported(server: Peer) -> None:
+    async with stranger(server) as websocket:
+        for said in (peer_codec().encode(Ping(1)), peer_codec().encode(Ping(2)), b"garbage", peer_codec().encode(Ping(3))):
+            await websocket.send_message(said)
+        await server.wait_lost()
+    assert server.messages() == [Ping(1), Ping(2)]
 
 
 async def test_only_the_end_that_dialed_is_told_the_address(server: Peer, client: Peer) -> None:
@@ -324,6 +376,7 @@ async def test_a_peer_that_does_not_read_loses_its_link_and_sending_never_waits(
 
 async def test_too_many_messages_close_the_link_too(server: Peer, client: Peer) -> None:
     link = await server.wait_link()
+    server.links.send(link, LONG)  # what is short and comes first wouldn't queue
     for nonce in range(links.QUEUE_MESSAGES + 2):
         server.links.send(link, Ping(nonce))
     await server.wait_lost()
