@@ -17,6 +17,9 @@ from p2pkv.rendezvous import Place, is_living
 START_S = 30.0
 """A node is ready within 1.5 s; the rest is for machines where everything starts at once."""
 
+OPENMP_BINDINGS = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""What has an OpenMP bind the thread that loads it to cores, whichever OpenMP it is."""
+
 _POLL_S = 0.05
 
 _LAUNCHER = """
@@ -93,6 +96,8 @@ def _wait(deadline: float, problem: str) -> None:
 def _start(place: Place, config: Path) -> int:
     """Start a node in a session of its own, so that no signal for this program's terminal reaches it.
 
+    It isn't bound to the engine's cores: the OpenMP that vLLM preloads would see to that, in every process.
+
     Returns:
         A descriptor of its process; the caller closes it.
 
@@ -102,7 +107,12 @@ def _start(place: Place, config: Path) -> int:
     launch = [sys.executable, "-ISc", _LAUNCHER, str(place.log)]
     node = [sys.executable, "-m", "p2pkv", "node", "--config", str(config)]
     said = subprocess.run(  # noqa: S603 - our own command
-        [*launch, *node], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, check=True
+        [*launch, *node],
+        env={name: value for name, value in os.environ.items() if name not in OPENMP_BINDINGS},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        check=True,
     ).stdout
     try:
         return os.pidfd_open(int(said))

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,7 +35,11 @@ class EngineConnection:
             NodeUnreachableError: None listens there.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(reply_s)
+        # By the kernel's timeouts: Python's own cost a second call for each, and with each call this thread gives up the
+        # interpreter's lock, which the engine's thread then keeps for a while.
+        timeval = struct.pack("@ll", *divmod(max(round(reply_s * 1e6), 1), 10**6))  # 0 would be without end
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, option, timeval)
         try:
             connection.connect(os.fspath(path))
         except OSError as error:
@@ -123,6 +128,9 @@ class EngineConnection:
         """An exchange that was cut short leaves a reply behind that nobody may take for another's."""
         try:
             yield
+        except BlockingIOError as error:
+            self.close()
+            raise NodeUnreachableError("the connection to the node is lost: timed out") from error
         except OSError as error:
             self.close()
             raise NodeUnreachableError(f"the connection to the node is lost: {error.strerror or error}") from error

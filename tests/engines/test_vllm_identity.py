@@ -206,8 +206,9 @@ def test_settings_are_read_and_other_connectors_keys_are_left_alone() -> None:
 
 
 def test_every_wrong_setting_is_named() -> None:
-    extra = {"p2pkv.lookup_deadine_s": 1, "p2pkv.load_deadline_s": "soon", "p2pkv.store_buffer_mib": 0, "p2pkv.model": ""}
+    wrong = {"load_deadline_s": "soon", "store_buffer_mib": 0, "model": "", "prefill_tokens_per_s": 0.5}
+    extra = {f"p2pkv.{name}": value for name, value in {"lookup_deadine_s": 1, **wrong}.items()}
     with pytest.raises(ConfigError) as caught:
         Settings.from_extra_config(extra)
     assert "p2pkv.lookup_deadine_s: no such key; is p2pkv.lookup_deadline_s meant?" in str(caught.value)
-    assert all(name in str(caught.value) for name in ("load_deadline_s", "store_buffer_mib", "p2pkv.model"))
+    assert all(f"p2pkv.{name}: must" in str(caught.value) for name in wrong)

@@ -14,6 +14,7 @@ import torch
 from p2pkv.core.keys import Identity
 from p2pkv.engines import EngineCache, Lookup
 from p2pkv.engines.vllm.link import PAUSE_S, KnownNode, NodeLink
+from p2pkv.engines.vllm.lookups import FETCH_POLL_S
 from p2pkv.engines.vllm.orders import ConnectorMetadata, LoadOrder
 from p2pkv.engines.vllm.scheduling import SchedulerHalf
 from p2pkv.engines.vllm.tally import Tally
@@ -25,7 +26,7 @@ DEADLINE_S = 0.05
 
 
 class Node:
-    """Holds so many tokens of any prompt, as an `EngineCache` tells it."""
+    """Holds so many tokens of any prompt, as an `EngineCache` tells it; `coming` ones more when it was asked often enough."""
 
     def __init__(self) -> None:
         self.held = 0
@@ -34,6 +35,7 @@ class Node:
         self.may_answer.set()
         self.asked: list[tuple[list[int], Identity]] = []
         self.sources: list[str | None] = []
+        self.coming = 0
         self.fetching_count = 0
         self.now = 0.0
 
@@ -43,9 +45,9 @@ class Node:
         assert self.may_answer.wait(5)
         if self.is_gone:
             raise NodeUnreachableError("it is gone")
-        self.fetching_count -= 1
-        is_fetching = self.fetching_count >= 0
-        return Lookup(0 if is_fetching else min(self.held, len(tokens)), is_fetching)
+        is_fetching = self.fetching_count > 0 and len(tokens) > self.held
+        self.fetching_count -= is_fetching
+        return Lookup(min(self.held + (0 if is_fetching else self.coming), len(tokens)), is_fetching)
 
     def attach(self) -> EngineCache:
         if self.is_gone:
@@ -168,9 +170,41 @@ def test_a_hit_is_what_the_node_holds_beyond_what_vllm_has(node: Node, scheduler
 
 
 def test_a_source_that_a_router_names_is_asked_for_and_its_fetch_awaited(node: Node, scheduler: Scheduler) -> None:
-    node.held, node.fetching_count = 10, 3
+    node.coming, node.fetching_count = 10, 3
     assert scheduler.match(scheduler.add(20, kv_transfer_params={"instance": "b", "num_tokens": 10})) == (10, True)
     assert node.sources == ["b"] * 4
+
+
+def test_a_fetch_is_awaited_as_long_as_the_node_says(node: Node, scheduler: Scheduler) -> None:
+    node.held, node.coming, node.fetching_count = 10, 10, round(3 * DEADLINE_S / FETCH_POLL_S)
+    started_at = time.monotonic()
+    assert scheduler.match(scheduler.add(20)) == (20, True)
+    assert time.monotonic() - started_at >= 3 * DEADLINE_S
+    data = scheduler.tally.take()
+    assert data is not None
+    assert "missed_deadlines" not in data["counts"]
+
+
+def test_where_the_node_stops_during_a_fetch_what_was_held_is_a_hit_all_the_same(node: Node, scheduler: Scheduler) -> None:
+    node.held, node.coming, node.fetching_count = 10, 10, 1_000_000
+    request = scheduler.add(20)
+    assert scheduler.half.matched_tokens(request, 0) == (None, False)
+    while len(node.asked) < 3:
+        time.sleep(0.001)
+    node.may_answer.clear()
+    assert scheduler.match(request) == (10, True)
+    node.may_answer.set()
+    data = scheduler.tally.take()
+    assert data is not None
+    assert data["counts"]["missed_deadlines"] == 1
+
+
+def test_a_lookup_that_awaits_a_fetch_holds_up_no_other(node: Node, scheduler: Scheduler) -> None:
+    node.held, node.coming, node.fetching_count = 10, 10, 1_000_000
+    awaiting = [scheduler.add(20, str(number)) for number in range(8)]
+    for request in awaiting:
+        assert scheduler.half.matched_tokens(request, 0) == (None, False)
+    assert scheduler.match(scheduler.add(10, "other")) == (10, True)
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"instance": 7}, {"instance": "../x"}])

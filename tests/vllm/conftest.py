@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from p2pkv.demo.vllm import ENVIRONMENT
 from p2pkv.engines.reference.model import save_tiny_llama
 from tests.live.command_line import free_port, write_config
-from tests.vllm.engines import SETTINGS, Server, end_nodes, in_process, served
+from tests.vllm.engines import Server, end_nodes, in_process, served
 
-os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # before vLLM is imported
+os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # before vLLM is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,10 +16,13 @@ from p2pkv.core.keys import Identity
 from p2pkv.engines import EngineCache, KVLayout
 from p2pkv.engines.autostart import connect_or_start
 from p2pkv.rendezvous import place_of, read_card, runtime_directory
+from sims.bench.vllm.engines import CONNECTOR
 from tests.live.command_line import free_port
-from tests.vllm.engines import CONNECTOR, end_nodes, in_process
+from tests.vllm.engines import end_nodes, in_process
 
 ANSWER_TOKENS = 16
+TINY = KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="float32")
+"""Of the tiny model."""
 CHUNK = 80
 """With blocks of 32 tokens hardly a chunk ends where a block does."""
 PATIENT = {**CONNECTOR, "kv_connector_extra_config": {"p2pkv.lookup_deadline_s": 2.0}}
@@ -61,8 +65,7 @@ class Engine:
 
     def attach(self, dtype: str = "float32") -> EngineCache:
         """The node's cache, as the connector has it."""
-        layout = KVLayout(layers=4, kv_heads=2, head_dim=64, dtype=dtype)
-        return EngineCache.attach(os.environ["P2PKV_CONFIG_FILE"], model=str(self.model), layout=layout)
+        return EngineCache.attach(os.environ["P2PKV_CONFIG_FILE"], model=str(self.model), layout=replace(TINY, dtype=dtype))
 
     def wait_until_held(self, tokens: list[int], salt: str | None = None) -> None:
         """Wait until the node holds all of `tokens`: stores go on beside the steps."""
@@ -71,6 +74,11 @@ class Engine:
 
     def metric(self, name: str) -> float:
         return float(sum(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:p2pkv_{name}"))
+
+    def prompt_tokens(self, source: str) -> float:
+        """How many prompts' tokens have come from there: `local_compute`, `local_cache_hit`, `external_kv_transfer`."""
+        seen = [metric for metric in self.llm.get_metrics() if metric.name == "vllm:prompt_tokens_by_source"]
+        return float(next(metric.value for metric in seen if metric.labels["source"] == source))
 
 
 def wait_until(is_over: Callable[[], bool], within_s: float = 20.0) -> None:

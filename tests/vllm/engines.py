@@ -1,41 +1,23 @@
 """vLLM as its users run it, on the tiny model: in this process, or as `vllm serve`."""
 
 import gc
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from p2pkv.rendezvous import living_cards
+from sims.bench.vllm.engines import Engine, await_ready, end_engine, start_engine
 from tests.live.command_line import free_port
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 """The name under which the tiny model is served: the walk-through's commands say it."""
-SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_SERVER_DEV_MODE": "1",
-}
-"""Nothing leaves this host, and the KV cache is 1 GiB. The last offers `POST /reset_prefix_cache`."""
-READY_S = 240.0
-"""It takes 45 s on two idle cores."""
-END_S = 30.0
-LOG_TAIL_NCHARS = 4000
-CONNECTOR = {"kv_connector": "P2PKVConnector", "kv_role": "kv_both"}
-"""What a user writes into `--kv-transfer-config`."""
+OPTIONS = ("--served-model-name", MODEL, "--max-model-len", "2048")
 
 
 @contextmanager
@@ -44,7 +26,7 @@ def in_process(model: Path, *, kv_transfer: dict[str, Any] | None = None, **opti
 
     Args:
         model: Its folder.
-        kv_transfer: Fields of `KVTransferConfig`, such as `CONNECTOR`.
+        kv_transfer: Fields of `KVTransferConfig`, such as those of `CONNECTOR`.
         options: More arguments of `LLM`, or others in the place of ours.
     """
     from vllm import LLM
@@ -72,19 +54,8 @@ def in_process(model: Path, *, kv_transfer: dict[str, Any] | None = None, **opti
         cleanup_dist_env_and_memory()
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running `vllm serve`.
-
-    Attributes:
-        url: Of its HTTP port.
-        process: The parent of its processes.
-        log: What all of them write.
-    """
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
+class Server(Engine):
+    """A running `vllm serve`, and what is asked of it."""
 
     def complete(self, prompt: str | list[int], *, max_tokens: int = 16, **fields: Any) -> dict[str, Any]:
         """Answer `prompt` greedily; `["choices"][0]["token_ids"]` are the answer's tokens."""
@@ -105,83 +76,25 @@ class Server:
         answer: dict[str, Any] = reply.json() if reply.content else {}
         return answer
 
-    def prompt_tokens(self) -> dict[str, int]:
-        """Where all prompts' tokens came from so far: `local_compute`, `local_cache_hit`, `external_kv_transfer`."""
-        text = httpx2.get(f"{self.url}/metrics", timeout=10, trust_env=False).text
-        found = {}
-        for line in text.splitlines():
-            if line.startswith("vllm:prompt_tokens_by_source_total{"):
-                found[line.split('source="')[1].split('"')[0]] = int(float(line.rsplit(" ", 1)[1]))
-        return found
-
-    def tail(self) -> str:
-        """The end of its log."""
-        return self.log.read_text(errors="replace")[-LOG_TAIL_NCHARS:]
-
 
 @contextmanager
 def served(
     model: Path,
     log: Path,
-    *arguments: str,
+    *options: str,
     kv_transfer: dict[str, Any] | None = None,
-    environment: dict[str, str] | None = None,
+    environ: dict[str, str] | None = None,
 ) -> Iterator[Server]:
-    """`vllm serve` on a free port of the loopback interface, ready; ended by SIGTERM.
-
-    Args:
-        model: Its folder.
-        log: Where its processes write.
-        arguments: More of its command line; of an option given twice the last counts.
-        kv_transfer: What `--kv-transfer-config` says, such as `CONNECTOR`.
-        environment: More of its environment, such as `VLLM_CPU_OMP_THREADS_BIND` for one of two engines.
-    """
-    port = free_port()
-    command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--served-model-name", MODEL),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048"),
-        *("--block-size", "32", "--enforce-eager"),
-        *(() if kv_transfer is None else ("--kv-transfer-config", json.dumps(kv_transfer))),
-        *arguments,
-    ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | SETTINGS | (environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, so that no process of a failed start is left behind
-        )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    """`vllm serve` on a free port, as `start_engine` starts it, ready; `environ` comes on top of this process's own."""
+    started = start_engine(
+        free_port(), model, log, *OPTIONS, *options, kv_transfer=kv_transfer, environ={**os.environ, **(environ or {})}
+    )
+    server = Server(started.port, started.process, started.log)
     try:
-        _await_ready(server)
+        await_ready(server)
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(END_S)
-        finally:
-            _kill_group(process)
-
-
-def _await_ready(server: Server) -> None:
-    deadline = time.monotonic() + READY_S
-    while True:
-        assert server.process.poll() is None, f"vLLM ended with {server.process.returncode}:\n{server.tail()}"
-        assert time.monotonic() < deadline, f"vLLM isn't ready after {READY_S} s:\n{server.tail()}"
-        try:
-            if httpx2.get(f"{server.url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
-        except httpx2.TransportError:
-            pass  # it isn't listening yet
-        time.sleep(0.2)
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):  # as it should be: all of them have ended
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        end_engine(server)
 
 
 def end_nodes(runtime_dir: Path) -> None:

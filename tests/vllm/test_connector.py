@@ -12,8 +12,9 @@ import pytest
 from p2pkv.core.keys import Identity
 from p2pkv.engines import EngineCache, Lookup
 from p2pkv.engines.cache import Take, Tokens
+from p2pkv.engines.vllm.orders import WorkerReport
 from tests.live.command_line import wait_gone
-from tests.vllm.connected import ANSWER_TOKENS, CHUNK, Engine, engine_on, node_pid, prompt_of, wait_until
+from tests.vllm.connected import ANSWER_TOKENS, CHUNK, TINY, Engine, engine_on, node_pid, prompt_of, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,29 @@ def test_after_a_reset_of_the_connector_everything_is_computed(engine: Engine) -
     assert scheduler.reset_prefix_cache(reset_connector=True)
     assert engine.answer(prompt, salt="reset") == (computed, 0)
     scheduler.connector._scheduler._identities._mark = ()  # for the other tests
+
+
+def test_a_reset_before_the_workers_are_known_holds_too(engine: Engine) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from p2pkv.engines.vllm.connector import P2PKVConnector
+
+    prompt = prompt_of(140, seed=16)
+    engine.answer(prompt)
+    engine.wait_until_held(prompt)
+    scheduler, own = engine.core.scheduler, engine.core.scheduler.connector
+    late = P2PKVConnector(scheduler.vllm_config, KVConnectorRole.SCHEDULER, scheduler.kv_cache_config)
+    assert late.reset_cache()
+    late.set_xfer_handshake_metadata({0: WorkerReport(TINY, None)})
+    half = late._scheduler
+    assert half is not None
+    wait_until(lambda: half._link.known is not None)
+    scheduler.connector = late
+    try:
+        assert engine.answer(prompt)[1] == 0
+    finally:
+        scheduler.connector = own
+        late.shutdown()
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from p2pkv.engines.vllm.crew import log
+from sims.bench.vllm.engines import CONNECTOR
 from tests.vllm.connected import CHUNK, PATIENT, Engine, engine_on, instance, prompt_of, wait_until
-from tests.vllm.engines import CONNECTOR, in_process
+from tests.vllm.engines import in_process
 
 
 def test_preempted_requests_resume_with_the_same_answers(tiny_model: Path) -> None:
@@ -35,12 +36,7 @@ def test_bfloat16_beside_vllms_own_prefix_cache(tiny_model: Path) -> None:
             assert engine.answer(prompt) == (computed, count)
         prompt[1000] += 1
         assert engine.answer(prompt)[1] == 1000
-        local = next(
-            metric.value
-            for metric in engine.llm.get_metrics()
-            if metric.name == "vllm:prompt_tokens_by_source" and metric.labels["source"] == "local_cache_hit"
-        )
-        assert local == 256 + 1408 + 896
+        assert engine.prompt_tokens("local_cache_hit") == 256 + 1408 + 896
 
 
 def test_beside_another_connector(tiny_model: Path, tmp_path: Path) -> None:

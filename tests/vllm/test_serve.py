@@ -7,23 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
+from sims.bench.vllm.engines import CONNECTOR
 from tests.vllm.connected import PATIENT, prompt_of
-from tests.vllm.engines import CONNECTOR, Server
-
-
-def metrics(server: Server) -> dict[str, float]:
-    """The connector's own, by name."""
-    text = httpx2.get(f"{server.url}/metrics", timeout=10, trust_env=False).text
-    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("vllm:p2pkv_"))
-    return {name.split("{")[0].removeprefix("vllm:p2pkv_"): float(value) for name, value in lines}
+from tests.vllm.engines import Server
 
 
 def wait_for(server: Server, name: str, at_least: float) -> None:
     deadline = time.monotonic() + 20
-    while metrics(server)[name] < at_least:
-        assert time.monotonic() < deadline, f"{metrics(server)}\n{server.tail()}"
+    while server.counts()[name] < at_least:
+        assert time.monotonic() < deadline, f"{server.counts()}\n{server.tail()}"
         time.sleep(0.1)
 
 
@@ -51,7 +43,7 @@ def test_the_name_alone_suffices_and_what_was_kept_outlives_the_engine(
     again = second.complete(other)
     assert again["choices"][0]["token_ids"] == skipped["choices"][0]["token_ids"]
     assert second.prompt_tokens()["external_kv_transfer"] == 300
-    seen = metrics(second)
+    seen = second.counts()
     assert seen["loaded_tokens_total"] == 300
     assert seen["load_seconds_count"] == 1
     assert seen["load_errors_total"] == seen["missed_deadlines_total"] == 0

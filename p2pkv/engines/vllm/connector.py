@@ -47,6 +47,7 @@ class P2PKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._report: WorkerReport | None = None
         self._refusal: str | None = None
         self._instance: Instance | None = None
+        self._was_reset = False
         try:
             check_deployment(vllm_config)
             self._instance = Instance.configured(vllm_config)
@@ -180,6 +181,8 @@ class P2PKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
             writes=self._kv_transfer_config.is_kv_producer,
             tally=self._tally,
         )
+        if self._was_reset:
+            self._scheduler.forget()
 
     # --- scheduler: each request ------------------------------------------------------------------------------------------
 
@@ -226,6 +229,7 @@ class P2PKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def reset_cache(self) -> bool:
         """Find nothing again that was stored until now: the weights may have been changed."""
+        self._was_reset = True
         if self._scheduler is not None:
             self._scheduler.forget()
         return True

@@ -5,12 +5,16 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
 
+from p2pkv.engines.vllm.cores import leave_bound_cores
+
 log = logging.getLogger("vllm.p2pkv")
 """Below vLLM's own logger, so that its format and level are ours too."""
 
 
 class Crew:
     """A few threads that do what they are given, oldest first. They don't hold up the end of the process.
+
+    Where vLLM has bound its worker to cores, they leave these to the model.
 
     Args:
         name: Of the threads.
@@ -35,6 +39,7 @@ class Crew:
             thread.join(wait_s)
 
     def _work(self) -> None:
+        leave_bound_cores()
         while (task := self._tasks.get()) is not None:
             try:
                 task()

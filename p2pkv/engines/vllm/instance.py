@@ -95,6 +95,7 @@ class Instance:
             layout=layout,
             world_size=self.world_size,
             worker_id=worker_id,
+            prefill_tokens_per_s=self.settings.prefill_tokens_per_s,
             reply_s=self.settings.load_deadline_s,
         )
         return NodeLink(attach, self._know)

@@ -1,4 +1,8 @@
-"""Lookups that never hold up the scheduler: asked in a thread, and a miss when they take too long."""
+"""Lookups that never hold up the scheduler: asked in a thread, and a miss when the node takes too long to answer.
+
+One that awaits a fetch from a peer is asked again and again in a thread of its own, so it holds up no other either. The node
+says how long the fetch is worth waiting for; if it falls silent meanwhile, what was held by then counts.
+"""
 
 import time
 from array import array
@@ -7,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from p2pkv.core.keys import Identity
-from p2pkv.engines.cache import Lookup as Found
 from p2pkv.engines.vllm.crew import Crew
 from p2pkv.engines.vllm.identity import Bypass
 from p2pkv.engines.vllm.link import NodeLink
@@ -16,6 +19,10 @@ from p2pkv.errors import P2pkvError
 
 FETCH_POLL_S = 0.005
 """Between two questions whether a fetch from a peer has ended; a handoff takes about so long."""
+
+FETCH_SILENCE_S = 0.2
+"""A node that fetches may be silent for so long: on busy cores it was for more than 50 ms in a copy of 1,500 tokens in four. A
+fetch is awaited for that long anyway (`core.peer_fetch`)."""
 
 
 @dataclass(slots=True)
@@ -27,6 +34,7 @@ class Lookup:
         identity: Whose chunks to look for; None until the thread has made it out.
         asked_at: When.
         source: An instance that is said to hold the prompt.
+        seen: How many of the tokens the node held when it last said so, and when that was; None until it has.
         held: How many of the tokens the node holds; None until that is known or given up.
     """
 
@@ -34,15 +42,16 @@ class Lookup:
     identity: Identity | Bypass | None
     asked_at: float
     source: str | None = None
+    seen: tuple[int, float] | None = None
     held: int | None = None
 
 
 class Lookups:
-    """Asks the node, one lookup after the other.
+    """Asks the node, one lookup after the other; those that await a fetch in turns.
 
     Args:
         link: The way to the node.
-        deadline_s: A lookup that takes longer is a miss.
+        deadline_s: If the node takes longer to answer, it's a miss; during a fetch it may take `FETCH_SILENCE_S`.
         tally: Counts.
         clock: Seconds, monotonic.
     """
@@ -53,6 +62,7 @@ class Lookups:
         self._tally = tally
         self._clock = clock
         self._crew = Crew("lookup")
+        self._fetch_crew = Crew("fetch")
         self._began_at: float | None = None
         self._crew.submit(self._attach)
 
@@ -84,15 +94,20 @@ class Lookups:
 
     def answer(self, lookup: Lookup) -> int | None:
         """How many tokens are held; None while that isn't known and there is time left."""
-        held = lookup.held
-        if held is None and self._clock() - lookup.asked_at >= self._deadline_s:
+        if lookup.held is None and self._is_late(lookup):
             self._tally.add(Count.MISSED_DEADLINES)
-            held = lookup.held = 0
-        return held
+            lookup.held = 0 if lookup.seen is None else lookup.seen[0]
+        return lookup.held
+
+    def _is_late(self, lookup: Lookup) -> bool:
+        if lookup.seen is None:
+            return self._clock() - lookup.asked_at >= self._deadline_s
+        return self._clock() - lookup.seen[1] >= max(self._deadline_s, FETCH_SILENCE_S)
 
     def close(self) -> None:
         """Ask no more."""
         self._crew.close()
+        self._fetch_crew.close()
 
     def _attach(self) -> None:
         with self._busy(), suppress(P2pkvError):  # the link has said so
@@ -102,8 +117,11 @@ class Lookups:
         with self._busy():
             if lookup.identity is None:
                 lookup.identity = identify()
-            if lookup.held is None:
-                lookup.held = self._look_up(lookup, lookup.identity)
+            if isinstance(lookup.identity, Bypass):
+                lookup.held = 0
+            elif lookup.held is None:
+                with self._tally.timed(Duration.LOOKUP):
+                    self._look_up(lookup, lookup.identity)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -113,19 +131,21 @@ class Lookups:
         finally:
             self._began_at = None
 
-    def _look_up(self, lookup: Lookup, identity: Identity | Bypass) -> int:
-        """How many tokens are held, at the deadline if they are still being fetched."""
-        if isinstance(identity, Bypass):
-            return 0
+    def _look_up(self, lookup: Lookup, identity: Identity) -> None:
         try:
-            with self._tally.timed(Duration.LOOKUP):
-                found = self._peek(lookup, identity)
-                while found.is_fetching and lookup.held is None and self._clock() - lookup.asked_at < self._deadline_s:
-                    time.sleep(FETCH_POLL_S)
-                    found = self._peek(lookup, identity)
-                return found.num_tokens
+            found = self._link.use(lambda cache: cache.peek(lookup.tokens, identity, source=lookup.source))
         except P2pkvError:  # the link has said so
-            return 0
+            lookup.held = 0
+            return
+        lookup.seen = (found.num_tokens, self._clock())
+        if found.is_fetching:
+            self._fetch_crew.submit(lambda: self._look_up_again(lookup, identity))
+        else:
+            lookup.held = found.num_tokens
 
-    def _peek(self, lookup: Lookup, identity: Identity) -> Found:
-        return self._link.use(lambda cache: cache.peek(lookup.tokens, identity, source=lookup.source))
+    def _look_up_again(self, lookup: Lookup, identity: Identity) -> None:
+        """Unless nobody waits for it any more."""
+        assert lookup.seen is not None, "it was looked up before"
+        time.sleep(max(0.0, lookup.seen[1] + FETCH_POLL_S - self._clock()))
+        if lookup.held is None and not self._is_late(lookup):
+            self._look_up(lookup, identity)

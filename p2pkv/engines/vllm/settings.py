@@ -21,12 +21,15 @@ class Settings:
         load_deadline_s: A load that takes longer is given up, and computed. Seconds.
         store_buffer_mib: Host memory for what is on its way to the node; what doesn't fit when the node is slow isn't stored.
             MiB a worker.
+        prefill_tokens_per_s: How fast this engine computes prompts: with `peer_fetch`, a fetch over TCP that would take longer
+            isn't made, and none is awaited longer. Tokens a second, 1 or more; None to let the node guess.
     """
 
     model: str | None = None
     lookup_deadline_s: float = 0.05
     load_deadline_s: float = 5.0
     store_buffer_mib: float = 512.0
+    prefill_tokens_per_s: float | None = None
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, object]) -> Self:
@@ -46,6 +49,8 @@ class Settings:
                 problems.append(f"{PREFIX}{name}: must be a text of 1 to 512 characters, not {value!r}")
             elif name != "model" and not (isinstance(value, int | float) and value is not True and 0 < value <= 1e6):
                 problems.append(f"{PREFIX}{name}: must be a number above 0, not {value!r}")
+            elif name == "prefill_tokens_per_s" and isinstance(value, int | float) and value < 1:
+                problems.append(f"{PREFIX}{name}: must be 1 or more, not {value!r}")
         if problems:
             raise ConfigError("kv_connector_extra_config: " + "; ".join(problems))
         return cls(**given)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def run(only: str | None = None, trace: Path | None = None) -> Sequence[Row]:
     if trace is not None:
         requests = replay.read_trace(trace)
         steps.insert(0, ("replay", lambda fleet: replay.measure_plain(fleet, requests)))
-        steps.append(("replay", lambda fleet: replay.measure_connected(fleet, requests)))
+        steps.insert(2, ("replay", lambda fleet: replay.measure_connected(fleet, requests)))
     elif only == "replay":
         raise SystemExit("say --trace FILE: docs/performance.md tells where the trace comes from")
     with open_fleet() as fleet:

@@ -1,17 +1,21 @@
-"""`vllm serve` with a tiny model, with p2pkv and without: two at a time, each on a core of its own where that matters."""
+"""`vllm serve` with a tiny model, with p2pkv and without: two at a time, each on a core of its own where that matters.
+
+`start_engine`, `await_ready` and `end_engine` are also how tests/vllm has one.
+"""
 
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 
+from p2pkv.demo.vllm import ENVIRONMENT
 from p2pkv.engines.reference.model import save_tiny_llama
 from sims.bench.processes import Bench, NodeProcess, free_port, open_bench
 
@@ -28,20 +32,14 @@ STORE_GIB = 1
 READY_S = 300.0
 """It takes 45 s on an idle core, a minute where two start together."""
 END_S = 30.0
-SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-}
-OPTIONS = (
-    *("--host", "127.0.0.1", "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
-    *("--max-model-len", str(MAX_TOKENS), "--block-size", str(BLOCK_SIZE)),
+LOG_TAIL_NCHARS = 4000
+USUAL_OPTIONS = ("--host", "127.0.0.1", "--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--enforce-eager")
+BENCH_OPTIONS = (
+    *("--served-model-name", MODEL, "--max-model-len", str(MAX_TOKENS)),
     *("--num-gpu-blocks-override", str(CACHE_TOKENS // BLOCK_SIZE)),
 )
-CONNECTOR = {"kv_connector": "P2PKVConnector", "kv_role": "kv_both"}
+CONNECTOR: dict[str, object] = {"kv_connector": "P2PKVConnector", "kv_role": "kv_both"}
+"""What a user writes into `--kv-transfer-config`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,8 @@ class Seat:
 PLAIN = (Seat(0, None), Seat(1, None))
 CONNECTED = (Seat(0, "bench1"), Seat(1, "bench2"))
 SHARING = (Seat(0, "bench3"), Seat(1, "bench3"))
+FETCHING = (Seat(0, "fetching1"), Seat(1, "fetching2"))
+"""With `peer_fetch`, and in a cluster of their own: the others' nodes live on, and hold much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,14 @@ class Engine:
     process: "subprocess.Popen[bytes]"
     log: Path
 
+    @property
+    def url(self) -> str:
+        """Of its HTTP door."""
+        return f"http://127.0.0.1:{self.port}"
+
     def metrics(self, prefix: str) -> dict[str, float]:
         """What `/metrics` shows under names that begin like this: by the name's rest, with its source if it has one."""
-        text = httpx2.get(f"http://127.0.0.1:{self.port}/metrics", timeout=10, trust_env=False).text
+        text = httpx2.get(f"{self.url}/metrics", timeout=10, trust_env=False).text
         found: dict[str, float] = {}
         for line in text.splitlines():
             if line.startswith(prefix):
@@ -94,6 +99,10 @@ class Engine:
     def counts(self) -> dict[str, float]:
         """What p2pkv has counted so far."""
         return self.metrics("vllm:p2pkv_")
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-LOG_TAIL_NCHARS:]
 
     def processor_s(self) -> float:
         """Processor time that its processes have taken so far."""
@@ -131,38 +140,37 @@ class Fleet:
     def use(self, seats: Sequence[Seat]) -> list[Engine]:
         """These engines, ready, and no others."""
         for seat in [seat for seat in self._engines if seat not in seats]:
-            _end(self._engines.pop(seat))
+            end_engine(self._engines.pop(seat))
         for seat in seats:
             if seat not in self._engines:
                 self._engines[seat] = self._start(seat)
         for seat in seats:
-            _await_ready(self._engines[seat])
+            await_ready(self._engines[seat])
         return [self._engines[seat] for seat in seats]
 
     def node(self, instance: str) -> NodeProcess:
         """The node of an instance."""
         if instance not in self._nodes:
-            self._nodes[instance] = self._bench.start(instance, max_local_cpu_size=STORE_GIB)
+            is_fetching = any(seat.instance == instance for seat in FETCHING)
+            cluster = "fetching" if is_fetching else "bench"
+            self._nodes[instance] = self._bench.start(
+                instance, max_local_cpu_size=STORE_GIB, cluster=cluster, peer_fetch=is_fetching
+            )
         return self._nodes[instance]
 
     def _start(self, seat: Seat) -> Engine:
-        environ = {**self._bench.environ, **SETTINGS, "VLLM_CPU_OMP_THREADS_BIND": str(seat.core)}
-        options = list(OPTIONS)
+        environ = {**self._bench.environ, "VLLM_CPU_OMP_THREADS_BIND": str(seat.core)}
         if seat.instance is not None:
             environ["P2PKV_CONFIG_FILE"] = str(self.node(seat.instance).config)
-            options += ["--kv-transfer-config", json.dumps(CONNECTOR)]
         port = free_port()
-        log = self._bench.folder / f"vllm-{port}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - our own command
-                [str(PROGRAM), "serve", str(self._model), "--port", str(port), *options],
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own, so that no process of a failed start is left behind
-            )
-        return Engine(port, process, log)
+        return start_engine(
+            port,
+            self._model,
+            self._bench.folder / f"vllm-{port}.log",
+            *BENCH_OPTIONS,
+            kv_transfer=None if seat.instance is None else CONNECTOR,
+            environ=environ,
+        )
 
 
 @contextmanager
@@ -178,18 +186,53 @@ def open_fleet() -> Iterator[Fleet]:
             fleet.use(())
 
 
-def _await_ready(engine: Engine) -> None:
+def start_engine(
+    port: int,
+    model: Path,
+    log: Path,
+    *options: str,
+    kv_transfer: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Engine:
+    """Start `vllm serve` on loopback; it isn't ready yet.
+
+    Args:
+        port: Of its HTTP door.
+        model: Its folder.
+        log: Where its processes write.
+        options: More of its command line; of an option given twice the last counts.
+        kv_transfer: What `--kv-transfer-config` says, such as `CONNECTOR`.
+        environ: Its environment, but for `ENVIRONMENT`.
+    """
+    command = [str(PROGRAM), "serve", str(model), "--port", str(port), *USUAL_OPTIONS, *options]
+    if kv_transfer is not None:
+        command += ["--kv-transfer-config", json.dumps(kv_transfer)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            command,
+            env={**environ, **ENVIRONMENT},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, so that no process of a failed start is left behind
+        )
+    return Engine(port, process, log)
+
+
+def await_ready(engine: Engine) -> None:
+    """Wait until it answers; it must within `READY_S`."""
     deadline = time.monotonic() + READY_S
     while True:
         if engine.process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"vLLM didn't start:\n{engine.log.read_text(errors='replace')[-4000:]}")
+            raise SystemExit(f"vLLM didn't start:\n{engine.tail()}")
         with suppress(httpx2.TransportError):  # it isn't listening yet
-            if httpx2.get(f"http://127.0.0.1:{engine.port}/health", timeout=5, trust_env=False).status_code == 200:
+            if httpx2.get(f"{engine.url}/health", timeout=5, trust_env=False).status_code == 200:
                 return
         time.sleep(0.2)
 
 
-def _end(engine: Engine) -> None:
+def end_engine(engine: Engine) -> None:
+    """End it as a user would, and what is left of it by force."""
     engine.process.terminate()
     try:
         engine.process.wait(END_S)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sims.bench.report import Row
 from sims.bench.vllm.asking import ask, ask_all, random_tokens
-from sims.bench.vllm.engines import CONNECTED, MAX_TOKENS, PLAIN, SHARING, Engine, Fleet, Seat
+from sims.bench.vllm.engines import CONNECTED, FETCHING, MAX_TOKENS, PLAIN, SHARING, Engine, Fleet, Seat
 
 TRACE_BLOCK_TOKENS = 512
 BLOCK_TOKENS = 16
@@ -58,10 +58,11 @@ def measure_plain(fleet: Fleet, requests: Sequence[Request]) -> Sequence[Row]:
 
 
 def measure_connected(fleet: Fleet, requests: Sequence[Request]) -> Sequence[Row]:
-    """With p2pkv, first an instance for each engine, then one for both."""
+    """With p2pkv: an instance for each engine, one for both, and an instance for each that fetches from the other."""
     return (
         *_replay(fleet, CONNECTED, requests, "with p2pkv"),
         *_replay(fleet, SHARING, requests, "with p2pkv, both engines on one instance"),
+        *_replay(fleet, FETCHING, requests, "with p2pkv and peer_fetch"),
     )
 
 
