@@ -216,13 +216,12 @@ def event(
     event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
 ) -> None:
     """One move: its state, its counts, and why it failed if it did."""
-    from urllib.parse import quote
-
     from p2pkv.commands.client import open_client
     from p2pkv.commands.output import event_text, show
+    from p2pkv.http_paths import event_path
 
     with open_client(via, os.environ) as client:
-        show(client.call("GET", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
+        show(client.call("GET", event_path(event_id)), event_text, as_json=as_json)
 
 
 @app.command(epilog=example("p2pkv events", "p2pkv events --json"))
@@ -240,13 +239,12 @@ def cancel(
     event_id: Annotated[str, typer.Argument(metavar="ID", show_default=False)], *, via: Via = None, as_json: AsJson = False
 ) -> None:
     """End a move before it hands anything over; exits with 1 if it is too late for that."""
-    from urllib.parse import quote
-
     from p2pkv.commands.client import open_client
     from p2pkv.commands.output import event_text, show_cancelled
+    from p2pkv.http_paths import event_path
 
     with open_client(via, os.environ) as client:
-        show_cancelled(client.call("DELETE", f"/events/{quote(event_id, safe='')}"), event_text, as_json=as_json)
+        show_cancelled(client.call("DELETE", event_path(event_id)), event_text, as_json=as_json)
 
 
 @app.command(epilog=example("p2pkv clear lmcache_instance_1/LocalCPUBackend"))

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import httpx2
 import trio
@@ -24,6 +23,7 @@ from p2pkv.cluster_key import access_token
 from p2pkv.config import parse_address
 from p2pkv.core.records import EventState
 from p2pkv.errors import ErrorCode, Failure, NodeUnreachableError, P2pkvError, failure_error
+from p2pkv.http_paths import event_path
 from p2pkv.net.replies import (
     ChangedReply,
     ErrorReply,
@@ -187,11 +187,11 @@ class Client:
 
     async def event(self, event_id: str) -> EventReply:
         """One event, wherever it runs."""
-        return await self._call(EventReply, "GET", _path(event_id))
+        return await self._call(EventReply, "GET", event_path(event_id))
 
     async def cancel(self, event_id: str) -> EventReply:
         """Cancel a move that hasn't begun to hand over; answers with its event, cancelled or not."""
-        return await self._call(EventReply, "DELETE", _path(event_id))
+        return await self._call(EventReply, "DELETE", event_path(event_id))
 
     async def wait(self, event_id: str) -> EventReply:
         """Wait for an event's end, and tell how it ended: a move that failed is no error here."""
@@ -339,7 +339,3 @@ def _error_of(refusal: ErrorReply) -> P2pkvError:
 
 def _prompt(tokens: Sequence[int], model: str | None, cache_salt: str) -> dict[str, Any]:
     return {"tokens": list(tokens), "model": model, "cache_salt": cache_salt}
-
-
-def _path(event_id: str) -> str:
-    return f"/events/{quote(event_id, safe='')}"

@@ -69,7 +69,7 @@ def is_within(name: str, package: str) -> bool:
 
 # --- the wall between the rooms -------------------------------------------------------------------------------------------
 
-SHARED = {"errors", "config", "rendezvous", "browser_guard", "cluster_key", "http_server"}
+SHARED = {"errors", "config", "rendezvous", "browser_guard", "cluster_key", "http_paths", "http_server"}
 """Top-level modules that any room but the core may import."""
 WALL = {
     "errors": set[str](),
@@ -78,6 +78,7 @@ WALL = {
     "config_layers": {"errors", "lmcache_keys"},
     "config": {"config_layers", "core", "errors", "lmcache_keys"},
     "browser_guard": {"config"},
+    "http_paths": set(),
     "http_server": set[str](),
     "cluster_key": {"config", "errors"},
     "core": {"errors"},

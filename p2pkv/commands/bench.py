@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import typer
 
@@ -23,6 +22,7 @@ from p2pkv.commands.exit_codes import ExitCode
 from p2pkv.commands.top_view import UNFINISHED
 from p2pkv.core.ids import Location
 from p2pkv.errors import ConfigError, P2pkvError
+from p2pkv.http_paths import event_path
 
 if TYPE_CHECKING:
     from p2pkv.commands.bench_chunks import OwnChunks, Prompt
@@ -185,7 +185,7 @@ class _Run:
             time.sleep(ASK_S)
             state = self._client.ask("POST", "/check_finish", {"event_id": self._open_event})["status"]
         seconds = time.perf_counter() - began
-        event = self._client.ask("GET", f"/events/{quote(answer['event_id'], safe='')}")
+        event = self._client.ask("GET", event_path(answer["event_id"]))
         self._open_event = None
         if (event["state"], event["num_tokens"]) != ("done", len(prompt.tokens)):
             why = f": {event['error']['detail']}" if event["error"] else ""

@@ -4,25 +4,26 @@ An instance remembers the models and layouts that it has served, 64 of them: so 
 and each prompt has a salt of its own. Importing this loads torch.
 """
 
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import torch
 
 from p2pkv.commands.bench_ends import POLL_S, VIEW_S, End, check_room
 from p2pkv.commands.client import NodeClient, Reply, open_client
 from p2pkv.commands.top_view import UNFINISHED, size_text
+from p2pkv.core.chunks import PAGE_NBYTES
 from p2pkv.core.ids import Location
 from p2pkv.core.keys import MAX_TOKENS, Identity
 from p2pkv.engines import EngineCache, KVLayout
 from p2pkv.errors import ConfigError, NodeUnreachableError, P2pkvError
+from p2pkv.http_paths import event_path
 from p2pkv.rendezvous import is_living
+from p2pkv.store.memory import page_rounded
 
 SMALL_TOKENS = 12
 SMALL_LAYOUT = KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="float32")
@@ -36,7 +37,6 @@ CLEAR_S = 3.0
 """What a node's answer may take then: one that stands still shall not keep the chunks at the other end."""
 REPLY_S = 5.0
 """What the engine's socket may take for each answer."""
-PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class OwnChunks:
             raise ConfigError(f"--chunks is at most {MAX_TOKENS // chunk_size} here: a prompt has at most {MAX_TOKENS} tokens")
         layout = _layout_of(chunk_nbytes, chunk_size)
         self.chunk_nbytes = 2 * layout.kv_heads * layout.head_dim * chunk_size
-        self.large = _prompt(chunk_count * chunk_size, layout, chunk_count * _whole_pages(self.chunk_nbytes))
+        self.large = _prompt(chunk_count * chunk_size, layout, chunk_count * page_rounded(self.chunk_nbytes))
         # Where chunks are short it takes several, each with a page that it doesn't fill.
         small_nbytes = SMALL_TOKENS * (4096 + PAGE_NBYTES)
         self.small = _prompt(SMALL_TOKENS, SMALL_LAYOUT, small_nbytes)
@@ -141,7 +141,7 @@ class OwnChunks:
             clients = [stack.enter_context(open_client(url, environ, answer_s=CLEAR_S)) for url in urls]
             if open_event is not None:
                 for client in clients:
-                    _try(client, "DELETE", f"/events/{quote(open_event, safe='')}")
+                    _try(client, "DELETE", event_path(open_event))
             _within(SETTLE_S, lambda: not any(map(self._is_moving, clients)))
             troubles = []
             try:
@@ -184,7 +184,7 @@ class OwnChunks:
             answer = client.ask("POST", "/move", body)
             while answer["state"] in UNFINISHED:  # a move ends by its own deadline, if by nothing else
                 time.sleep(POLL_S)
-                answer = client.ask("GET", f"/events/{quote(answer['event_id'], safe='')}")
+                answer = client.ask("GET", event_path(answer["event_id"]))
 
     def _left(self, clients: list[NodeClient], stuck: list[str], troubles: list[str]) -> str | None:
         def holders() -> dict[str, int]:
@@ -237,10 +237,6 @@ def _layout_of(chunk_nbytes: int, chunk_size: int) -> KVLayout:
         least, most = size_text(2 * chunk_size), size_text(2 * chunk_size * HEAD_DIM * 65_536)
         raise ConfigError(f"--chunk-size is from {least} to {most} here: a chunk has {chunk_size} tokens")
     return KVLayout(layers=1, kv_heads=plane_nbytes // head_dim, head_dim=head_dim, dtype="uint8")
-
-
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
 
 
 def _try(client: NodeClient, method: str, path: str, body: Mapping[str, object] | None = None) -> Reply | None:

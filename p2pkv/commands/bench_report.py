@@ -91,7 +91,7 @@ class Report:
         chunks, chunk = self.chunk_count, size_text(self.chunk_nbytes)
         head = f"{self.source} <-> {self.target}: {chunks} chunks of {chunk}, {size_text(chunks * self.chunk_nbytes)}"
         rows = [
-            (row.name, *map(_number, _spread(row.values).values()), row.unit, len(row.values), ", ".join(row.lanes))
+            (row.name, *map(number_text, _spread(row.values).values()), row.unit, len(row.values), ", ".join(row.lanes))
             for row in self.rows
             if row.values
         ]
@@ -105,5 +105,6 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 from p2pkv.commands.client import NodeClient, Reply
+from p2pkv.http_paths import event_path
 
 QUICK_S = 1.0
 """What ends within this needs no progress bar."""
@@ -31,7 +31,7 @@ def move_and_wait(client: NodeClient, body: Mapping[str, object]) -> Reply:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("moving", total=None, told="")
         while True:
-            event = client.call("GET", f"/events/{quote(reply.body['event_id'], safe='')}")
+            event = client.call("GET", event_path(reply.body["event_id"]))
             if not event.is_success:
                 return event
             if event.body["state"] not in UNFINISHED:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import typer
 
@@ -28,6 +27,7 @@ from p2pkv.commands.top_view import (
     time_text,
 )
 from p2pkv.errors import NodeUnreachableError, P2pkvError, UnknownNameError
+from p2pkv.http_paths import event_path
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -102,7 +102,7 @@ def _met_at(client: NodeClient, instance: str) -> tuple[float | None, float | No
 
 def _event(client: NodeClient, listed: Mapping[str, Any]) -> Mapping[str, Any]:
     """An event as its source has it now, which the coordinator hears of only when it asks; as listed if that can't be had."""
-    reply = client.call("GET", f"/events/{quote(listed['event_id'], safe='')}")
+    reply = client.call("GET", event_path(listed["event_id"]))
     return reply.body if reply.is_success else listed
 
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-UNFINISHED = frozenset({"pending", "running"})
+from p2pkv.core.records import EventState
+
+UNFINISHED = frozenset(state.value for state in EventState if not state.is_final)
 LATELY_S = 600.0
 ENDED_MAX = 20
 """Events that ended longer ago, or before so many others, aren't shown."""

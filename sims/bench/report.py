@@ -8,6 +8,8 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from p2pkv.commands.bench_report import number_text
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -40,8 +42,6 @@ def print_rows(title: str, rows: Sequence[Row], *, as_json: bool) -> None:
     for column in ("what", "median", "least", "most", "rounds", "unit", "target"):
         table.add_column(column, justify="left" if column in ("what", "unit", "target") else "right")
     for row in rows:
-        numbers = (
-            f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in (row.median, min(row.values), max(row.values))
-        )
+        numbers = map(number_text, (row.median, min(row.values), max(row.values)))
         table.add_row(row.name, *numbers, str(len(row.values)), row.unit, row.target)
     Console().print(table)
