@@ -8,9 +8,8 @@ from sims.ledger import PromiseBrokenError
 from sims.rest import check_at_rest, is_at_rest
 from sims.scenario import Faults, Scenario
 from sims.workload import Workload
-from sims.world import MOVE_DEADLINE_S, Recorder, World
+from sims.world import JOIN_S, MOVE_DEADLINE_S, Recorder, World
 
-JOIN_S = 2.0
 REST_S = MOVE_DEADLINE_S + 30.0
 """A move's deadline, and what target and coordinator wait longer."""
 REST_STEP_S = 0.5
@@ -32,6 +31,7 @@ class Outcome:
         states: Moves by end state; `orphaned` for those whose source ended first.
         ends: How ownerships of chunks ended.
         paths: What else was seen, by name.
+        known_s: How long it took until an end was known, for each that saw one.
     """
 
     seed: str
@@ -43,6 +43,7 @@ class Outcome:
     states: Counter[str]
     ends: Counter[str]
     paths: Counter[str]
+    known_s: tuple[float, ...]
 
 
 def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) -> Outcome:
@@ -80,5 +81,6 @@ def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) ->
         repeated_count=world.network.repeated_count,
         states=states,
         ends=world.promises.ledger.ends,
-        paths=world.promises.sightings.counts,
+        paths=world.promises.sightings.counts + world.witness.counts,
+        known_s=tuple(world.witness.known_s),
     )

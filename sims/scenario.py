@@ -51,12 +51,32 @@ class Blows(_Part):
         leaves: An instance is asked to leave, and started again.
         cuts: Two instances don't hear each other for a while; neither knows why.
         stalls: An instance stands still for a while, as a stopped process does.
+        stops: The same, for so long that the others must think it dead.
+        slow: An instance stands still again and again until the end, up to seconds each time, as one short of CPU does.
     """
 
     crashes: Count = 0
     leaves: Count = 0
     cuts: Count = 0
     stalls: Count = 0
+    stops: Count = 0
+    slow: Count = 0
+
+
+class Lives(_Part):
+    """What must be true of who is thought to live; None for no promise.
+
+    Attributes:
+        dead_known_s: By then all know that an instance has crashed.
+        silent_known_s: By then all think an instance dead that stands still.
+        false_deaths: How often in a run a well instance may be declared dead.
+        false_suspicions: How often in a run an instance may suspect a well one of its own accord.
+    """
+
+    dead_known_s: Seconds | None = None
+    silent_known_s: Seconds | None = None
+    false_deaths: Count | None = None
+    false_suspicions: Count | None = None
 
 
 class Prompts(_Part):
@@ -115,6 +135,7 @@ class Scenario(_Part):
         faults: What goes wrong by chance meanwhile.
         blows: What is done to instances meanwhile.
         all_done: Whether every move must end `done`.
+        lives: What must be true of who is thought to live.
     """
 
     description: str
@@ -127,6 +148,7 @@ class Scenario(_Part):
     faults: Faults = Faults()
     blows: Blows = Blows()
     all_done: bool = False
+    lives: Lives = Lives()
 
 
 def scenario_names() -> list[str]:

@@ -27,8 +27,8 @@ class Timers:
     areas 5 s. Shorter finds failures sooner, for as many more messages; at least twice `probe_timeout_s`."""
     probe_timeout_s: float
     """Seconds that a member has for its Pong, at full health, before others are asked to try. memberlist: 0.5 s, over wide
-    areas 3 s, on one host 0.2 s. Choose it above the round trip's 99th percentile, and above what a busy Python process stands
-    still."""
+    areas 3 s (ours 2 s: its nacks come after the probe's end), on one host 0.2 s. Choose it above the round trip's 99th
+    percentile, and above what a busy Python process stands still."""
     nack_share: float
     """Share of `probe_timeout_s` after which one who was asked says that it hears nothing either. memberlist: 0.8, so that the
     answer is back before the probe ends."""
@@ -114,7 +114,7 @@ def wan(n: int) -> Timers:
     """Timers for `n` members of whom some are continents apart."""
     return Timers(
         probe_interval_s=5.0,
-        probe_timeout_s=3.0,
+        probe_timeout_s=2.0,
         nack_share=0.8,
         indirect_count=3,
         silence_s=7.5,
@@ -123,7 +123,7 @@ def wan(n: int) -> Timers:
         suspicion_max_s=SUSPICION_MAX_FACTOR * _suspicion_min_s(6, n, 5.0),
         confirmations=_confirmations(n),
         health_max=HEALTH_MAX,
-        lag_s=1.5,
+        lag_s=1.0,
         gossip_interval_s=0.5,
         gossip_fanout=4,
         retransmits=_retransmits(4, n),
