@@ -1,7 +1,8 @@
-"""Who is thought to live, and who does: the witness for L4.
+"""Who is thought to live, and who does: the witness for L10 to L16.
 
-An instance is *well* while it runs, and hasn't stood still lately. That a well one is thought dead is an error, that it is
-suspected a nuisance; a scenario says how many there may be. When one has crashed, or stands still, all must know in time.
+An instance is *well* while it runs, isn't clogged, and hasn't stood still lately. That a well one thinks another dead is an
+error, that anyone suspects it a nuisance; a scenario says how many there may be. When one has crashed, or stands still, all
+must know in time.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sims.world import Node, World
 
 LATELY_S = 5.0
-"""For so long after it stood still, what others think of an instance may be of that time."""
+"""For so long after it stood still, what an instance hears, and what others think of it, may be of that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Witness:
         self._world = world
         self._lives = lives
         self._ends: dict[InstanceId, _End] = {}
-        self._suspected: dict[tuple[InstanceId, Rumour], None] = {}
+        self._suspected: dict[Rumour, None] = {}
 
     def crashed(self, node: "Node") -> None:
         """An instance ends without a word."""
@@ -63,7 +64,7 @@ class Witness:
             is_living = record is not None and record.generation == end.generation and record.state.is_living
             if has_watched and is_living:
                 now = self._world.clock.now
-                raise PromiseBrokenError(f"L4 at t={now:.4f}: {node.name} still counts on {name}, {now - end.at:.1f} s gone")
+                raise PromiseBrokenError(f"L10 at t={now:.4f}: {node.name} still counts on {name}, {now - end.at:.1f} s gone")
 
     def ordered(self, node: "Node", effect: Effect) -> None:
         """A machine ordered something."""
@@ -72,21 +73,20 @@ class Witness:
                 self._declared_dead(node, record)
             case SendMessage(message=Rumours(rumours=rumours)):
                 for rumour in rumours:
-                    if rumour.state is MemberState.SUSPECT and rumour.origin == node.name:
+                    if rumour.state is MemberState.SUSPECT and rumour not in self._suspected:
+                        self._suspected[rumour] = None
                         self._suspects(node, rumour)
 
     def _declared_dead(self, node: "Node", record: MemberRecord) -> None:
         end = self._ends.get(record.instance)
         if self._is_well(record.instance, record.generation):
-            self.counts["well one declared dead"] += 1
+            is_well = self._is_well(node.name, node.machine.config.generation)
+            self.counts["well one declared dead" if is_well else "well one declared dead by one that stood still"] += 1
             self._check("false deaths", self.counts["well one declared dead"], self._lives.false_deaths, node, record)
         elif end is not None and end.generation == record.generation and node.stood_until < end.at:
             self.known_s.append(self._world.clock.now - end.at)
 
     def _suspects(self, node: "Node", rumour: Rumour) -> None:
-        if (node.name, rumour) in self._suspected:
-            return
-        self._suspected[node.name, rumour] = None
         if self._is_well(rumour.instance, rumour.generation):
             self.counts["well one suspected"] += 1
             count = self.counts["well one suspected"]
@@ -95,11 +95,12 @@ class Witness:
     def _is_well(self, name: InstanceId, generation: Generation) -> bool:
         node = self._world.nodes[name]
         has_stood = self._world.clock.now < node.stood_until + LATELY_S
-        return node.is_up and node.machine.config.generation == generation and not has_stood
+        is_hindered = has_stood or self._world.network.is_clogged(name)
+        return node.is_up and node.machine.config.generation == generation and not is_hindered
 
     def _check(self, what: str, count: int, most: int | None, node: "Node", about: MemberRecord | Rumour) -> None:
         if most is not None and count > most:
             raise PromiseBrokenError(
-                f"L4 at t={self._world.clock.now:.4f}: {node.name} thinks {about.instance} {about.state}; "
+                f"L12 at t={self._world.clock.now:.4f}: {node.name} thinks {about.instance} {about.state}; "
                 f"{count} {what} are more than {most}"
             )

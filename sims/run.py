@@ -63,10 +63,14 @@ def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) ->
     workload = Workload(world, scenario)
     world.clock.run(until=JOIN_S + scenario.duration_s)
     world.network.faults = Faults()
+    world.network.unclog()
     rest_by = world.clock.now + REST_S
-    while not is_at_rest(world) and world.clock.now < rest_by:
+    is_quiet = False
+    while not is_quiet and world.clock.now < rest_by:
         world.clock.run(until=world.clock.now + REST_STEP_S)
-    world.clock.run(until=world.clock.now + QUIET_S)
+        if is_at_rest(world):
+            world.clock.run(until=world.clock.now + QUIET_S)
+            is_quiet = is_at_rest(world)  # what got lost before may still lead to something: a probe that fails, a redial
     check_at_rest(world, workload.prompts)
     records = [seen.record for seen in world.promises.sightings.moves.values()]
     states = Counter("orphaned" if record is None or not record.state.is_final else record.state.value for record in records)

@@ -48,19 +48,21 @@ class Blows(_Part):
 
     Attributes:
         crashes: An instance ends without a word, and is started again.
+        back_s: After an end, until it is started again: some sooner than their peers have noticed, some long after.
         leaves: An instance is asked to leave, and started again.
         cuts: Two instances don't hear each other for a while; neither knows why.
         stalls: An instance stands still for a while, as a stopped process does.
         stops: The same, for so long that the others must think it dead.
-        slow: An instance stands still again and again until the end, up to seconds each time, as one short of CPU does.
+        clogs: All that comes to an instance, or from it, arrives up to seconds late, until the end.
     """
 
     crashes: Count = 0
+    back_s: tuple[Seconds, Seconds] = (0.05, 8.0)
     leaves: Count = 0
     cuts: Count = 0
     stalls: Count = 0
     stops: Count = 0
-    slow: Count = 0
+    clogs: Count = 0
 
 
 class Lives(_Part):
@@ -69,8 +71,8 @@ class Lives(_Part):
     Attributes:
         dead_known_s: By then all know that an instance has crashed.
         silent_known_s: By then all think an instance dead that stands still.
-        false_deaths: How often in a run a well instance may be declared dead.
-        false_suspicions: How often in a run an instance may suspect a well one of its own accord.
+        false_deaths: How often in a run a well instance may declare another dead.
+        false_suspicions: How often in a run a well instance may be suspected, each suspicion counted once.
     """
 
     dead_known_s: Seconds | None = None

@@ -14,16 +14,14 @@ from p2pkv.core.records import EventRecord, Operation, Pinning, Selection
 from sims.engine import chain, within
 from sims.scenario import Scenario
 from sims.sightings import Phase, Role, Sighting
-from sims.world import JOIN_S, LEAVE_S, STALL_MAX_S, Answered, World
+from sims.world import LEAVE_S, STALL_MAX_S, Answered, World
 
 PATIENCE_S = 5.0
 """A blow that waits for a move longer than this falls on anyone."""
 PIN_S = (0.5, 8.0)
 STOP_S = (12.0, 18.0)
-SLOW_S, RUN_S = (0.1, 2.5), (0.005, 0.5)
-"""How long an instance short of CPU stands still, and how long it runs in between."""
-BACK_S = (0.05, 8.0)
-"""After an end, until the instance is started again: some sooner than their peers have noticed, some long after."""
+CLOG_S = 1.5
+"""The longest that a clogged link holds a message up: three times what a probe waits."""
 PHASES = [phase for phase in Phase if phase is not Phase.ENDED]
 
 Strike = Callable[[InstanceId, list[InstanceId]], None]
@@ -84,7 +82,7 @@ class Workload:
             (self._cut, blows.cuts),
             (self._stall, blows.stalls),
             (self._stop, blows.stops),
-            (self._slow_down, blows.slow),
+            (self._clog, blows.clogs),
         ]
         for strike in (strike for strike, count in counts for _ in range(count)):
             blow = _Blow(strike, self._rng.choice(list(Role)), self._rng.choice(PHASES))
@@ -181,11 +179,11 @@ class Workload:
     def _crash(self, name: InstanceId, _others: list[InstanceId]) -> None:
         if self._world.nodes[name].is_up:
             self._world.crash(name)
-            self._world.clock.after(self._rng.uniform(*BACK_S), partial(self._start, name))
+            self._world.clock.after(self._rng.uniform(*self._scenario.blows.back_s), partial(self._start, name))
 
     def _leave(self, name: InstanceId, _others: list[InstanceId]) -> None:
         self._world.leave(name)
-        self._world.clock.after(LEAVE_S + self._rng.uniform(*BACK_S), partial(self._start, name))
+        self._world.clock.after(LEAVE_S + self._rng.uniform(*self._scenario.blows.back_s), partial(self._start, name))
 
     def _start(self, name: InstanceId) -> None:
         """Start an instance again; one that hasn't left yet because it stood still, a little later."""
@@ -204,8 +202,5 @@ class Workload:
     def _stop(self, name: InstanceId, _others: list[InstanceId]) -> None:
         self._world.stall(name, self._rng.uniform(*STOP_S))
 
-    def _slow_down(self, name: InstanceId, _others: list[InstanceId]) -> None:
-        if self._world.clock.now < JOIN_S + self._scenario.duration_s:
-            seconds = self._rng.uniform(*SLOW_S)
-            self._world.stall(name, seconds)
-            self._world.clock.after(seconds + self._rng.uniform(*RUN_S), partial(self._slow_down, name, []))
+    def _clog(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        self._world.network.clog(name, CLOG_S)

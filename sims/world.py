@@ -291,4 +291,4 @@ class World:
         elif isinstance(message, Hello | Goodbye):
             self.network.reliably(arrive)
         else:
-            self.network.carelessly(arrive)
+            self.network.carelessly(arrive, node.name, peer.name)

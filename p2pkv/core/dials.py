@@ -15,7 +15,7 @@ FIRST_RETRY_S = 0.1
 RETRY_FACTOR = 3.0
 LAST_RETRY_S = 5.0
 GROWING_RETRIES = 4
-"""Retries after 0.1, 0.3, 0.9, 2.7 and then every 5 s: three within the 3 s after which a lost member is dead."""
+"""Retries after 0.1, 0.3, 0.9, 2.7 and then every 5 s: three within a lost member's probe, which takes 1 s."""
 JITTER_S = 0.05
 """So that two ends that lost a link seldom dial each other in the same millisecond."""
 LEARNED_TRIES = 5

@@ -243,9 +243,11 @@ class Liveness:
             return
         self._spread(replace(self._roster.word_of(member), origin=origin))
 
+    def _silence_s(self) -> float:
+        return self.health.factor * self.timers.silence_s
+
     def _is_heard(self, member: Member, now: float) -> bool:
-        heard_for = now - self._roster.heard_at(member)
-        return member.link is not None and heard_for < self.timers.silence_s * self.health.factor
+        return member.link is not None and now - self._roster.heard_at(member) < self._silence_s()
 
     def _judge(self, member: Member, now: float) -> None:
         """A suspect hasn't refuted in time."""
@@ -325,6 +327,7 @@ class Liveness:
     def wakeup_at(self) -> float:
         """When `wake` has something to do."""
         living = self._roster.living()
+        silence_s = self.health.factor * self._timers_of(1 + len(living)).silence_s
         return min(
             self._turn_at,
             self._push_pull_at,
@@ -332,14 +335,14 @@ class Liveness:
             self._relays.wakeup_at(),
             min((probe.due_at for probe in self._probes.values()), default=inf),
             min((member.suspicion.due_at for member in living if member.suspicion is not None), default=inf),
-            min(map(self._silent_at, living), default=inf),
+            min((self._silent_at(member, silence_s) for member in living), default=inf),
         )
 
-    def _silent_at(self, member: Member) -> float:
+    def _silent_at(self, member: Member, silence_s: float) -> float:
         """When a member's link will have been silent for so long that it is asked why."""
         if member.link is None or member.record.instance in self._probes:
             return inf
-        return self._roster.heard_at(member) + self.health.factor * self.timers.silence_s
+        return self._roster.heard_at(member) + silence_s
 
     def wake(self, now: float) -> None:
         """Do what is due."""
@@ -349,10 +352,11 @@ class Liveness:
                 self._fail(probe, now)
             elif now >= probe.asks_at:
                 self._ask_others(probe, self._roster.members[probe.instance])
+        silence_s = self._silence_s()
         for member in self._roster.living():
             if member.suspicion is not None and now >= member.suspicion.due_at:
                 self._judge(member, now)
-            elif now >= self._silent_at(member):
+            elif now >= self._silent_at(member, silence_s):
                 self._probe(member, now)
         if now >= self._turn_at:
             self._turn_at = now + self.health.factor * self.timers.probe_interval_s

@@ -120,7 +120,7 @@ class MemberState(StrEnum):
     @property
     def is_living(self) -> bool:
         """Whether it is to be counted on."""
-        return self in (MemberState.ALIVE, MemberState.SUSPECT)
+        return self is MemberState.ALIVE or self is MemberState.SUSPECT
 
 
 class Reach(StrEnum):

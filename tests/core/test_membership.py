@@ -1,4 +1,4 @@
-"""Who is in the cluster (protocol rules L1 to L5, L8, L9): one machine, and peers that say what they like."""
+"""Who is in the cluster (protocol rules L1 to L5, L8, L9; of two also L13, L14): one machine, and peers that say anything."""
 
 from dataclasses import replace
 
@@ -232,7 +232,7 @@ def test_the_end_of_the_other_link_is_no_loss() -> None:
     assert solo.state_of("a") is ALIVE
 
 
-# --- L3, L4, L8: death ----------------------------------------------------------------------------------------------------
+# --- L3, L4, L8, L13, L14: death ------------------------------------------------------------------------------------------
 
 
 def die(solo: Solo, name: str, link: int) -> None:
