@@ -19,7 +19,7 @@ from random import Random
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.dials import Dials
 from p2pkv.core.effects import CloseLink, MemberChanged, Stop
-from p2pkv.core.ids import Address, InstanceId, LinkId
+from p2pkv.core.ids import Address, Generation, InstanceId, LinkId
 from p2pkv.core.keys import Namespace
 from p2pkv.core.liveness import Liveness
 from p2pkv.core.messages import (
@@ -45,8 +45,8 @@ HANDSHAKE_S = 2.0
 JOINING_S = 10.0
 """A node obeys `instance_id_in_use` in its first seconds only: later, a confused peer can't stop it."""
 GENERATIONS_MAX = 365 * 24 * 3600 * 1000
-"""A generation that is further ahead of one's own than a year of milliseconds comes from a clock gone wrong, and would keep its
-name from all later boots (Cassandra: MAX_GENERATION_DIFFERENCE)."""
+"""A generation that is further ahead of one's own clock than a year of milliseconds comes from a clock gone wrong, and would
+keep its name from all later boots (Cassandra: MAX_GENERATION_DIFFERENCE)."""
 
 
 class Membership:
@@ -55,6 +55,7 @@ class Membership:
     def __init__(self, config: MachineConfig, outbox: Outbox, rng: Random, now: float) -> None:
         self.news: deque[Joined | Lost] = deque()
         self._cluster = config.cluster
+        self._wall_offset_s = config.wall_offset_s
         self._outbox = outbox
         self._dials = Dials(outbox, rng, config.ws)
         self._roster = Roster(config)
@@ -212,7 +213,7 @@ class Membership:
             self.refuse(link, ErrorCode.PROTOCOL_ERROR, detail, now)
         elif hello.me.state is not MemberState.ALIVE:
             self.refuse(link, ErrorCode.LEAVING, f"Instance {hello.me.instance!r} has left.", now)
-        elif hello.me.generation > self.me.generation + GENERATIONS_MAX:
+        elif hello.me.generation > self._latest_generation(now):
             self.refuse(link, ErrorCode.PROTOCOL_ERROR, f"Your clock is a year ahead of {self.me.instance!r}'s.", now)
         elif hello.me.instance == self.me.instance:
             self._met_own_name(peer, hello, now)
@@ -220,6 +221,10 @@ class Membership:
             self.refuse(link, ErrorCode.PROTOCOL_ERROR, f"This cluster has {MEMBERS_MAX} members already.", now)
         else:
             self._met(peer, hello, now)
+
+    def _latest_generation(self, now: float) -> Generation:
+        """The latest that a boot may have now, if this node's clock is right."""
+        return max(self.me.generation, int(1000 * (now + self._wall_offset_s))) + GENERATIONS_MAX
 
     def _met_own_name(self, peer: Link, hello: Hello, now: float) -> None:
         if hello.me.generation == self.me.generation:

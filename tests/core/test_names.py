@@ -5,7 +5,7 @@ import pytest
 from p2pkv.core.effects import Stop
 from p2pkv.core.events import SiblingsFound
 from p2pkv.core.ids import Address
-from p2pkv.core.membership import HANDSHAKE_S, JOINING_S
+from p2pkv.core.membership import GENERATIONS_MAX, HANDSHAKE_S, JOINING_S
 from p2pkv.core.messages import (
     Goodbye,
     Hello,
@@ -15,7 +15,7 @@ from p2pkv.core.messages import (
 )
 from p2pkv.core.names import CHALLENGE_S
 from p2pkv.errors import ErrorCode, Failure
-from tests.core.builders import member
+from tests.core.builders import WALL_OFFSET_S, member
 from tests.core.solo import ME, Solo, dialed, goodbye_of, hello, status
 
 
@@ -164,6 +164,15 @@ def test_an_older_boot_is_refused() -> None:
     solo.join("a", 5)
     link = solo.join("a", 4)
     assert goodbye_of(solo, link) is ErrorCode.INSTANCE_ID_IN_USE
+
+
+def test_a_boot_from_a_clock_gone_wrong_is_refused() -> None:
+    solo = Solo()
+    latest = int(1000 * (solo.now + WALL_OFFSET_S)) + GENERATIONS_MAX
+    assert goodbye_of(solo, solo.join("a", latest + 1)) is ErrorCode.PROTOCOL_ERROR
+    assert solo.record_of("a") is None
+    solo.join("a", latest)
+    assert solo.record_of("a") == member("a", latest)
 
 
 def test_a_challenge_gets_its_time_after_a_stall_too() -> None:
