@@ -141,7 +141,7 @@ class Scenario(_Part):
     """
 
     description: str
-    instances: Annotated[int, Ge(2), Le(64)] = 3
+    instances: Annotated[int, Ge(2), Le(128)] = 3
     capacity: PositiveCount = 40
     peer_fetch: bool = False
     duration_s: Annotated[float, Gt(0), Le(3600)] = 20.0

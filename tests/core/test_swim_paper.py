@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from p2pkv.core.dials import HASTE_S
 from p2pkv.core.messages import MemberTable, Ping, Pong, ProbeAnswer, ProbeRequest, Rumour, Rumours, Status
 from p2pkv.core.records import MemberState, Reach
 from p2pkv.core.rotation import Rotation
@@ -381,7 +382,9 @@ def test_who_is_said_to_be_back_is_dialed_at_once() -> None:
     links = joined(solo, "a", "b")
     solo.lose(links["a"])
     solo.say(links["b"], Rumours((say("a", DEAD),)))
-    solo.run(0.05)
+    while not dialed(solo):
+        solo.run(0.01)
+    solo.run(HASTE_S)
     solo.say_refused("a")
     before = len(dialed(solo))
     solo.say(links["b"], Rumours((say("a", ALIVE, 1, origin="a"),)))
