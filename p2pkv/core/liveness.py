@@ -313,7 +313,7 @@ class Liveness:
 
     def _told_all(self, sender: InstanceId, table: MemberTable, now: float) -> None:
         for rumour in table.rumours:
-            is_death = rumour.state is MemberState.DEAD and rumour.instance != self._roster.me.instance
+            is_death = rumour.state is MemberState.DEAD and rumour.instance in self._roster.members
             self._told(sender, replace(rumour, state=MemberState.SUSPECT, origin=sender) if is_death else rumour, now)
         if not table.is_answer:
             self._tell_all(sender, is_answer=True)

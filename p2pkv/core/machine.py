@@ -59,7 +59,7 @@ from p2pkv.core.records import EventRecord, MemberRecord
 from p2pkv.core.serving import Serving
 from p2pkv.errors import ErrorCode, Failure
 
-STALL_S = 0.25
+STALL_S = 0.1
 """A wake-up that comes later than this was held up by this node itself: an engine's copies, a garbage collection, a stop."""
 LEAVE_MARGIN = 0.5
 """Of `leave_s` for open hand-overs; the rest is for saying goodbye and for the shell to end."""
