@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from random import Random
+from typing import assert_never
 
 from p2pkv.core.dials import Dials
 from p2pkv.core.health import LocalHealth
@@ -152,6 +153,8 @@ class Liveness:
                     self._told(sender, rumour, now)
             case MemberTable():
                 self._told_all(sender, message, now)
+            case _:
+                assert_never(message)
 
     # --- probes -----------------------------------------------------------------------------------------------------------
 
