@@ -251,6 +251,7 @@ class Membership:
         record = replace(hello.me, state=MemberState.ALIVE)
         known = self._members.get(record.instance)
         if known is not None and known.record.generation != record.generation:
+            known.record = replace(known.record, state=MemberState.DEAD)  # that boot is over: nobody is to look for it
             self._lose(known, now)
             known = None
         was = None if known is None else known.record.state

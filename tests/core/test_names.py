@@ -12,6 +12,7 @@ from p2pkv.core.messages import (
     InventoryRequest,
     Ping,
     Pong,
+    ProbeRequest,
 )
 from p2pkv.core.names import CHALLENGE_S
 from p2pkv.errors import ErrorCode, Failure
@@ -149,6 +150,19 @@ def test_only_the_holder_answers_for_its_name(nonce_offset: int) -> None:
     solo.say(other if nonce_offset == 0 else holder, Pong(newcomer + nonce_offset))
     solo.say(other, Pong(other))
     assert not solo.is_closed(newcomer)
+
+
+def test_nobody_is_asked_about_a_boot_that_another_has_replaced() -> None:
+    solo = Solo()
+    solo.join("a", 1)
+    others = [solo.join("b"), solo.join("c")]
+    solo.join("a", 2)
+    for _ in range(4):
+        solo.run(CHALLENGE_S / 4)
+        for name, link in zip("bc", others, strict=True):
+            solo.say(link, status(member(name)))
+    assert solo.record_of("a") == member("a", 2)
+    assert [request.generation for link in others for request in solo.heard(link, ProbeRequest)] == []
 
 
 def test_a_newer_boot_takes_over_from_a_dead_one_at_once() -> None:
