@@ -25,6 +25,7 @@ class Totals:
     states: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     paths: Counter[str] = field(default_factory=Counter)
+    known_s: list[float] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
     def add(self, outcome: Outcome) -> None:
@@ -36,6 +37,7 @@ class Totals:
         self.states += outcome.states
         self.ends += outcome.ends
         self.paths += outcome.paths
+        self.known_s += outcome.known_s
 
 
 def run_one(scenario: str, seed: str, mutant: str | None) -> Outcome:

@@ -3,19 +3,18 @@
 A mutant replaces one method, or one function where it is used, while `applied`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
-from types import ModuleType
 from typing import Any
 
 from p2pkv.core import holdings
 from p2pkv.core.events import FetchEnded
+from p2pkv.core.health import LocalHealth
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.inventory import InventoryView
 from p2pkv.core.keys import ChunkKey
+from p2pkv.core.liveness import Liveness
 from p2pkv.core.messages import InventoryDelta, Pin, PlanRequest, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.handover import Handover
@@ -28,44 +27,10 @@ from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
 from p2pkv.core.residency import Outgoing, Residencies, Residency, Room, room_of
+from p2pkv.core.suspicion import Suspicion
 from p2pkv.errors import ErrorCode, Failure
-
-Method = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """A core that breaks one rule.
-
-    Attributes:
-        rule: Number of the rule in `docs/protocol.md`.
-        scenario: Which is known to catch it.
-        owner: Where the method is.
-        method: Its name.
-        wrong: Makes the wrong method, given the right one.
-    """
-
-    rule: str
-    scenario: str
-    owner: type | ModuleType
-    method: str
-    wrong: Callable[[Method], Method]
-
-    @property
-    def description(self) -> str:
-        """What it does wrong."""
-        return (self.wrong.__doc__ or "").rstrip(".")
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The core is wrong meanwhile."""
-        right = getattr(self.owner, self.method)
-        setattr(self.owner, self.method, self.wrong(right))
-        try:
-            yield
-        finally:
-            setattr(self.owner, self.method, right)
-
+from sims.mutant import Method, Mutant
+from sims.mutants_of_lives import confuses_boots, counts_no_confirmations, feels_always_well, refutes_nothing
 
 # --- the source -----------------------------------------------------------------------------------------------------------
 
@@ -362,6 +327,10 @@ MUTANTS = {
         Mutant("S7", "crowded", Residency, "is_pinned", evicts_what_is_pinned),
         Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
         Mutant("R4", "peer_fetch", PeerFetches, "_flight_with", flies_twice),
+        Mutant("L11", "half_lost", Liveness, "_told_of_me", refutes_nothing),
+        Mutant("L13", "silent", Suspicion, "confirm", counts_no_confirmations),
+        Mutant("L12", "clogged", LocalHealth, "_add", feels_always_well),
+        Mutant("L6", "restarts", Liveness, "_told", confuses_boots),
         Mutant("R5", "peer_fetch", PeerFetches, "_is_coming", awaits_flights),
     )
 }

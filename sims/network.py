@@ -52,6 +52,7 @@ class Network:
         self._clock = clock
         self._rng = rng
         self._cut_until: dict[frozenset[InstanceId], float] = {}
+        self._clogged_s: dict[InstanceId, float] = {}
 
     def delay(self) -> float:
         """A time on the way."""
@@ -77,13 +78,27 @@ class Network:
         """Deliver once, as fast as anything can: link events and the handshake, which a stream delivers first or not at all."""
         self._clock.after(self.faults.delay_s[0], action)
 
-    def carelessly(self, action: Callable[[], None]) -> None:
+    def clog(self, name: InstanceId, seconds: float) -> None:
+        """From now on, what comes to an instance or from it takes up to that much longer."""
+        self._clogged_s[name] = seconds
+
+    def is_clogged(self, name: InstanceId) -> bool:
+        """Whether what comes to an instance or from it takes longer."""
+        return name in self._clogged_s
+
+    def unclog(self) -> None:
+        """Nothing takes longer than `faults` say."""
+        self._clogged_s.clear()
+
+    def carelessly(self, action: Callable[[], None], *ends: InstanceId) -> None:
         """Deliver never, once, or twice."""
         draw = self._rng.random()
         if draw < self.faults.loss:
             self.lost_count += 1
             return
-        self._clock.after(self.delay(), action)
+        clogged_s = max((self._clogged_s.get(each, 0.0) for each in ends), default=0.0)
+        held_up_s = self._rng.uniform(0, clogged_s) if clogged_s else 0.0
+        self._clock.after(held_up_s + self.delay(), action)
         if draw > 1 - self.faults.repeat:
             self.repeated_count += 1
             self._clock.after(self.delay(), action)

@@ -28,6 +28,8 @@ def show(totals: Totals, mutant: str | None) -> None:
     table.add_row("messages lost / repeated", f"{totals.lost_count:,} / {totals.repeated_count:,}")
     table.add_row("moves by end", _counts(totals.states))
     table.add_row("ownerships ended", _counts(totals.ends))
+    if totals.known_s:
+        table.add_row("ends known, p50 / p99 / last", " / ".join(f"{each:.2f} s" for each in _spread(totals.known_s)))
     table.add_row("seeds failed", str(len(totals.failures)))
     console.print(table)
     for seed, failure in list(totals.failures.items())[:SHOWN_FAILURES]:
@@ -44,6 +46,11 @@ def show_paths(totals: Totals) -> None:
     for name, count in sorted(totals.paths.items()):
         table.add_row(name, f"{count:,}")
     Console(highlight=False).print(table)
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100], ordered[-1]
 
 
 def _counts(counts: Counter[str]) -> str:

@@ -30,7 +30,8 @@ def is_at_rest(world: World) -> bool:
 def _rests(world: World, node: Node) -> bool:
     is_idle = not node.answers and not node.staged and not _open_events(node)
     is_seeing = all(member.state is MemberState.ALIVE for member in node.machine.members())
-    return node.is_up and node.stands_until <= world.clock.now and is_idle and is_seeing
+    is_linked = len({peer.name for peer, _ in node.links.values()}) == len(world.nodes) - 1
+    return node.is_up and node.stands_until <= world.clock.now and is_idle and is_seeing and is_linked
 
 
 def _open_events(node: Node) -> list[EventId]:

@@ -8,9 +8,8 @@ from sims.ledger import PromiseBrokenError
 from sims.rest import check_at_rest, is_at_rest
 from sims.scenario import Faults, Scenario
 from sims.workload import Workload
-from sims.world import MOVE_DEADLINE_S, Recorder, World
+from sims.world import JOIN_S, MOVE_DEADLINE_S, Recorder, World
 
-JOIN_S = 2.0
 REST_S = MOVE_DEADLINE_S + 30.0
 """A move's deadline, and what target and coordinator wait longer."""
 REST_STEP_S = 0.5
@@ -32,6 +31,7 @@ class Outcome:
         states: Moves by end state; `orphaned` for those whose source ended first.
         ends: How ownerships of chunks ended.
         paths: What else was seen, by name.
+        known_s: How long it took until an end was known, for each that saw one.
     """
 
     seed: str
@@ -43,6 +43,7 @@ class Outcome:
     states: Counter[str]
     ends: Counter[str]
     paths: Counter[str]
+    known_s: tuple[float, ...]
 
 
 def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) -> Outcome:
@@ -62,10 +63,14 @@ def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) ->
     workload = Workload(world, scenario)
     world.clock.run(until=JOIN_S + scenario.duration_s)
     world.network.faults = Faults()
+    world.network.unclog()
     rest_by = world.clock.now + REST_S
-    while not is_at_rest(world) and world.clock.now < rest_by:
+    is_quiet = False
+    while not is_quiet and world.clock.now < rest_by:
         world.clock.run(until=world.clock.now + REST_STEP_S)
-    world.clock.run(until=world.clock.now + QUIET_S)
+        if is_at_rest(world):
+            world.clock.run(until=world.clock.now + QUIET_S)
+            is_quiet = is_at_rest(world)  # what got lost before may still lead to something: a probe that fails, a redial
     check_at_rest(world, workload.prompts)
     records = [seen.record for seen in world.promises.sightings.moves.values()]
     states = Counter("orphaned" if record is None or not record.state.is_final else record.state.value for record in records)
@@ -80,5 +85,6 @@ def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) ->
         repeated_count=world.network.repeated_count,
         states=states,
         ends=world.promises.ledger.ends,
-        paths=world.promises.sightings.counts,
+        paths=world.promises.sightings.counts + world.witness.counts,
+        known_s=tuple(world.witness.known_s),
     )

@@ -48,15 +48,37 @@ class Blows(_Part):
 
     Attributes:
         crashes: An instance ends without a word, and is started again.
+        back_s: After an end, until it is started again: some sooner than their peers have noticed, some long after.
         leaves: An instance is asked to leave, and started again.
         cuts: Two instances don't hear each other for a while; neither knows why.
         stalls: An instance stands still for a while, as a stopped process does.
+        stops: The same, for so long that the others must think it dead.
+        clogs: All that comes to an instance, or from it, arrives up to seconds late, until the end.
     """
 
     crashes: Count = 0
+    back_s: tuple[Seconds, Seconds] = (0.05, 8.0)
     leaves: Count = 0
     cuts: Count = 0
     stalls: Count = 0
+    stops: Count = 0
+    clogs: Count = 0
+
+
+class Lives(_Part):
+    """What must be true of who is thought to live; None for no promise.
+
+    Attributes:
+        dead_known_s: By then all know that an instance has crashed.
+        silent_known_s: By then all think an instance dead that stands still.
+        false_deaths: How often in a run a well instance may declare another dead.
+        false_suspicions: How often in a run a well instance may be suspected, each suspicion counted once.
+    """
+
+    dead_known_s: Seconds | None = None
+    silent_known_s: Seconds | None = None
+    false_deaths: Count | None = None
+    false_suspicions: Count | None = None
 
 
 class Prompts(_Part):
@@ -115,10 +137,11 @@ class Scenario(_Part):
         faults: What goes wrong by chance meanwhile.
         blows: What is done to instances meanwhile.
         all_done: Whether every move must end `done`.
+        lives: What must be true of who is thought to live.
     """
 
     description: str
-    instances: Annotated[int, Ge(2), Le(64)] = 3
+    instances: Annotated[int, Ge(2), Le(128)] = 3
     capacity: PositiveCount = 40
     peer_fetch: bool = False
     duration_s: Annotated[float, Gt(0), Le(3600)] = 20.0
@@ -127,6 +150,7 @@ class Scenario(_Part):
     faults: Faults = Faults()
     blows: Blows = Blows()
     all_done: bool = False
+    lives: Lives = Lives()
 
 
 def scenario_names() -> list[str]:

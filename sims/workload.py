@@ -19,8 +19,9 @@ from sims.world import LEAVE_S, STALL_MAX_S, Answered, World
 PATIENCE_S = 5.0
 """A blow that waits for a move longer than this falls on anyone."""
 PIN_S = (0.5, 8.0)
-BACK_S = (0.05, 8.0)
-"""After an end, until the instance is started again: some sooner than their peers have noticed, some long after."""
+STOP_S = (12.0, 18.0)
+CLOG_S = 1.5
+"""The longest that a clogged link holds a message up: three times what a probe waits."""
 PHASES = [phase for phase in Phase if phase is not Phase.ENDED]
 
 Strike = Callable[[InstanceId, list[InstanceId]], None]
@@ -80,6 +81,8 @@ class Workload:
             (self._leave, blows.leaves),
             (self._cut, blows.cuts),
             (self._stall, blows.stalls),
+            (self._stop, blows.stops),
+            (self._clog, blows.clogs),
         ]
         for strike in (strike for strike, count in counts for _ in range(count)):
             blow = _Blow(strike, self._rng.choice(list(Role)), self._rng.choice(PHASES))
@@ -176,11 +179,11 @@ class Workload:
     def _crash(self, name: InstanceId, _others: list[InstanceId]) -> None:
         if self._world.nodes[name].is_up:
             self._world.crash(name)
-            self._world.clock.after(self._rng.uniform(*BACK_S), partial(self._start, name))
+            self._world.clock.after(self._rng.uniform(*self._scenario.blows.back_s), partial(self._start, name))
 
     def _leave(self, name: InstanceId, _others: list[InstanceId]) -> None:
         self._world.leave(name)
-        self._world.clock.after(LEAVE_S + self._rng.uniform(*BACK_S), partial(self._start, name))
+        self._world.clock.after(LEAVE_S + self._rng.uniform(*self._scenario.blows.back_s), partial(self._start, name))
 
     def _start(self, name: InstanceId) -> None:
         """Start an instance again; one that hasn't left yet because it stood still, a little later."""
@@ -195,3 +198,9 @@ class Workload:
 
     def _stall(self, name: InstanceId, _others: list[InstanceId]) -> None:
         self._world.stall(name, self._rng.uniform(0.1, STALL_MAX_S))
+
+    def _stop(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        self._world.stall(name, self._rng.uniform(*STOP_S))
+
+    def _clog(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        self._world.network.clog(name, CLOG_S)

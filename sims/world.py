@@ -21,10 +21,12 @@ from p2pkv.errors import Failure
 from sims.engine import NAMESPACE, Engine, payload
 from sims.lane import Lane
 from sims.ledger import PromiseBrokenError
+from sims.lives import Witness
 from sims.network import Clock, Network
 from sims.promises import Promises
 from sims.scenario import Scenario
 
+JOIN_S = 2.0
 MOVE_DEADLINE_S = 60.0
 LEASE_S = 10.0
 LEAVE_S = 2.0
@@ -44,6 +46,7 @@ class Node:
     machine: Machine
     is_up: bool = True
     stands_until: float = 0.0
+    stood_until: float = -inf
     leaves_by: float = inf
     wake_at: float = inf
     missed: deque[Event] = field(default_factory=deque)
@@ -72,6 +75,7 @@ class World:
         self.engines: dict[InstanceId, Engine] = {}
         self.event_count = 0
         self.false_death_count = 0
+        self.witness = Witness(self, scenario.lives)
         self._addresses = {f"i{index}": Address("virtual", 1 + index) for index in range(scenario.instances)}
         self._capacity = scenario.capacity
         self._peer_fetch = scenario.peer_fetch
@@ -124,6 +128,7 @@ class World:
 
     def crash(self, name: InstanceId) -> None:
         """End an instance without a word; its links break."""
+        self.witness.crashed(self.nodes[name])
         self._end(self.nodes[name], "crashed")
 
     def leave(self, name: InstanceId) -> None:
@@ -135,7 +140,8 @@ class World:
     def stall(self, name: InstanceId, seconds: float) -> None:
         """Let an instance stand still: what happens to it meanwhile, happens when it goes on."""
         node = self.nodes[name]
-        node.stands_until = max(node.stands_until, self.clock.now + seconds)
+        self.witness.stands(node, seconds)
+        node.stands_until = node.stood_until = max(node.stands_until, self.clock.now + seconds)
 
     def _end(self, node: Node, how: str) -> None:
         node.is_up = False
@@ -175,6 +181,7 @@ class World:
         for effect in ordered:
             self._record(node, effect)
             self.promises.ordered(node.name, effect)
+            self.witness.ordered(node, effect)
             self._perform_one(node, effect)
         if node.is_up:
             self._check(node)
@@ -284,4 +291,4 @@ class World:
         elif isinstance(message, Hello | Goodbye):
             self.network.reliably(arrive)
         else:
-            self.network.carelessly(arrive)
+            self.network.carelessly(arrive, node.name, peer.name)

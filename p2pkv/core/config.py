@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from p2pkv.core.ids import Address, Generation, InstanceId
 from p2pkv.core.records import HandoffAddress
+from p2pkv.core.timers import TimersOf, lan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class MachineConfig:
         leave_s: A leaving node is gone by then.
         peer_fetch: Whether a lookup that misses fetches a copy from a peer.
         wall_offset_s: Unix time minus the clock that `now` comes from; for what people read.
+        timers_of: How long membership waits, for the number of members that there are.
     """
 
     instance: InstanceId
@@ -45,3 +47,4 @@ class MachineConfig:
     leave_s: float
     peer_fetch: bool
     wall_offset_s: float
+    timers_of: TimersOf = lan

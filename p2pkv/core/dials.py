@@ -15,9 +15,11 @@ FIRST_RETRY_S = 0.1
 RETRY_FACTOR = 3.0
 LAST_RETRY_S = 5.0
 GROWING_RETRIES = 4
-"""Retries after 0.1, 0.3, 0.9, 2.7 and then every 5 s: three within the 3 s after which a lost member is dead."""
+"""Retries after 0.1, 0.3, 0.9, 2.7 and then every 5 s: three within a lost member's probe, which takes 1 s."""
 JITTER_S = 0.05
 """So that two ends that lost a link seldom dial each other in the same millisecond."""
+HASTE_S = 0.2
+"""Between two dials of one address, however often others say that it is worth one."""
 LEARNED_TRIES = 5
 """An address that only hearsay gave is forgotten after so many failures."""
 
@@ -26,6 +28,7 @@ LEARNED_TRIES = 5
 class _Dial:
     is_contact: bool
     due_at: float
+    dialed_at: float = -inf
     failures: int = 0
     is_busy: bool = False
     instance: InstanceId | None = None
@@ -44,7 +47,7 @@ class Dials:
         """Dial `address` soon, unless it is one's own."""
         known = self._dials.get(address)
         if known is not None:
-            known.due_at = min(known.due_at, now)
+            known.due_at = min(known.due_at, max(now, known.dialed_at + HASTE_S))
             known.is_contact |= is_contact
         elif address not in self._own and len(self._dials) < DIALS_MAX:
             self._dials[address] = _Dial(is_contact=is_contact, due_at=now)
@@ -101,7 +104,7 @@ class Dials:
         """Dial what is due."""
         for address, dial in self._waiting().items():
             if now >= dial.due_at:
-                dial.is_busy = True
+                dial.is_busy, dial.dialed_at = True, now
                 self._outbox.add(OpenLink(address=address))
 
     def _waiting(self) -> dict[Address, _Dial]:

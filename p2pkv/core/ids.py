@@ -24,6 +24,8 @@ def is_instance_id(name: str) -> bool:
 InstanceId = Annotated[str, Predicate(is_instance_id)]
 Generation = Annotated[int, Ge(0), Lt(2**63)]
 """Which boot of an instance: milliseconds of its wall clock at start, higher than any it had before."""
+Incarnation = Annotated[int, Ge(0), Lt(2**62)]
+"""Which version of its own record an instance has made, within a generation; also SWIM's: a newer one refutes a suspicion."""
 LinkId = int
 """One connection to a peer, numbered by the shell; never reused in one process."""
 RequestId = int

@@ -55,12 +55,12 @@ from p2pkv.core.outbox import Outbox
 from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.peers import Joined, Lost
 from p2pkv.core.prompt import prompt_of
-from p2pkv.core.records import EventRecord, MemberRecord, MemberState
+from p2pkv.core.records import EventRecord, MemberRecord
 from p2pkv.core.serving import Serving
 from p2pkv.errors import ErrorCode, Failure
 
-STALL_S = 1.0
-"""A wake-up that comes later than this was held up by this node itself."""
+STALL_S = 0.1
+"""A wake-up that comes later than this was held up by this node itself: an engine's copies, a garbage collection, a stop."""
 LEAVE_MARGIN = 0.5
 """Of `leave_s` for open hand-overs; the rest is for saying goodbye and for the shell to end."""
 
@@ -169,7 +169,7 @@ class Machine:
         Returns:
             By instance and location; positions that hold nothing are left out.
         """
-        alive = [record for record in self._membership.records() if record.state is MemberState.ALIVE]
+        alive = [record for record in self._membership.records() if record.state.is_living]
         namespaces = dict.fromkeys(each for record in alive for each in record.namespaces if model in (None, each.model))
         prompts = [PromptFingerprints(prompt_of(each, identity, tokens)) for each in namespaces]
         inventories = ((record.instance, self._gossip.entries_of(record.instance)) for record in alive)
@@ -295,10 +295,10 @@ class Machine:
     def _receive_from(self, sender: InstanceId, message: Message, now: float) -> None:
         """A message from a member, or from oneself."""
         match message:
-            case messages.Pong():
-                self._membership.pong(sender, message, now)
-            case messages.Members():
-                self._membership.members(message, now)
+            case (
+                messages.Pong() | messages.ProbeRequest() | messages.ProbeAnswer() | messages.Rumours() | messages.MemberTable()
+            ):
+                self._membership.receive(sender, message, now)
             case messages.Leaving():
                 self._membership.leaving(sender, message, now)
             case messages.Status():

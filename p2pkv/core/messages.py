@@ -9,9 +9,9 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le, Len
 
 from p2pkv.core.chunks import Chunk
-from p2pkv.core.ids import EventId, Generation, InstanceId, Location, Position
+from p2pkv.core.ids import Address, EventId, Generation, Incarnation, InstanceId, Location, Position
 from p2pkv.core.keys import ChunkKey, Fingerprint, Identity, Namespace, TokenBytes
-from p2pkv.core.records import Count, EventRecord, Lane, MemberRecord, Operation, Pinning, Selection
+from p2pkv.core.records import Count, EventRecord, Lane, MemberRecord, MemberState, Operation, Pinning, Reach, Selection
 from p2pkv.errors import Failure
 
 PROTOCOL_VERSION = 1
@@ -20,6 +20,7 @@ MANIFEST_PAGE_CHUNKS = 64
 TAKE_BATCH_KEYS = 1024
 INVENTORY_PAGE_ENTRIES = 2048
 MEMBERS_MAX = 1024
+RUMOURS_MAX = 64
 
 Nonce = Annotated[int, Ge(0), Le(2**64 - 1)]
 Ticket = Annotated[bytes, Len(32, 32)]
@@ -53,10 +54,30 @@ class Leaving:
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
-    """Members that I have learned of since our handshake."""
+class Rumour:
+    """What is said of one incarnation of one boot of an instance. An alive one is reached at `ws`; `origin` found it out."""
 
-    members: Annotated[tuple[MemberRecord, ...], Len(0, MEMBERS_MAX)]
+    instance: InstanceId
+    generation: Generation
+    incarnation: Incarnation
+    state: MemberState
+    ws: Address
+    origin: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Rumours:
+    """What is new about members."""
+
+    rumours: Annotated[tuple[Rumour, ...], Len(1, RUMOURS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberTable:
+    """All members as I know them, myself included: the push of a push-pull, or, as its answer, the pull."""
+
+    is_answer: bool
+    rumours: Annotated[tuple[Rumour, ...], Len(1, MEMBERS_MAX + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +106,23 @@ class Pong:
     """I am."""
 
     nonce: Nonce
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """I don't hear this boot of an instance: do you? Answered with a `ProbeAnswer`."""
+
+    nonce: Nonce
+    instance: InstanceId
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeAnswer:
+    """What came of your `ProbeRequest`."""
+
+    nonce: Nonce
+    reach: Reach
 
 
 # --- inventory ------------------------------------------------------------------------------------------------------------
@@ -335,7 +373,8 @@ class CommandAnswer:
     failure: Failure | None
 
 
-MembershipMessage = Hello | Goodbye | Leaving | Members | Status | Ping | Pong
+LivenessMessage = Rumours | MemberTable | Pong | ProbeRequest | ProbeAnswer
+MembershipMessage = Hello | Goodbye | Leaving | Status | Ping | LivenessMessage
 InventoryMessage = InventoryRequest | InventoryDelta | InventoryPage
 SourceMessage = PlanRequest | ManifestRequest | FetchReport | TakeAnswer | CancelRequest
 TargetMessage = Offer | ManifestPage | Take

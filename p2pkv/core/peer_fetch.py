@@ -31,7 +31,7 @@ from p2pkv.core.moves.fetching import routes_between
 from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.prompt import Prompt, prompt_of
-from p2pkv.core.records import HandoffAddress, MemberState, Operation, Selection
+from p2pkv.core.records import HandoffAddress, Operation, Selection
 from p2pkv.core.serving import Serving
 
 PREFILL_TOKENS_PER_S = 30_000.0
@@ -194,7 +194,7 @@ class PeerFetches:
         source = miss.event.source
         if source not in (None, self._config.instance) and self._membership.unreachable(source) is None:
             return [Held(source, Location.LOCAL_CPU, token_count(miss.prompt.tokens))]
-        records = [each for each in self._membership.records() if each.state is MemberState.ALIVE]
+        records = [each for each in self._membership.records() if each.state.is_living]
         others = [each.instance for each in records if each.instance != self._config.instance]
         views = [(name, entries) for name in others if (entries := self._gossip.entries_of(name)) is not None]
         found = longest_prefixes([PromptFingerprints(miss.prompt)], views)

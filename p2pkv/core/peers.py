@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from math import inf
 
-from p2pkv.core.ids import Address, InstanceId, LinkId
+from p2pkv.core.ids import Address, Incarnation, InstanceId, LinkId
 from p2pkv.core.messages import Hello
 from p2pkv.core.records import MemberRecord
+from p2pkv.core.suspicion import Suspicion
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,22 @@ class Link:
 
 @dataclass(slots=True)
 class Member:
-    """One instance that has said Hello."""
+    """One instance that has said Hello.
+
+    Attributes:
+        record: Its last word about itself, and the state that it is in as far as is known.
+        link: To it; None when it is lost.
+        incarnation: The highest that it has made, by its own word or by hearsay; `record` may be of an earlier one.
+        joined_at: When it was met.
+        lost_at: When its link was lost, or it ended.
+        failed_dials: Since then.
+        suspicion: What it has to refute while it is a suspect.
+    """
 
     record: MemberRecord
     link: LinkId | None
+    incarnation: Incarnation
     joined_at: float
     lost_at: float = inf
     failed_dials: int = 0
+    suspicion: Suspicion | None = None

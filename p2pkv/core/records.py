@@ -6,7 +6,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Len
 
-from p2pkv.core.ids import Address, EventId, Generation, InstanceId, Location, Position, WallTime
+from p2pkv.core.ids import Address, EventId, Generation, Incarnation, InstanceId, Location, Position, WallTime
 from p2pkv.core.keys import Namespace
 from p2pkv.errors import Failure
 
@@ -110,11 +110,25 @@ class EventRecord:
 
 
 class MemberState(StrEnum):
-    """What is known of an instance."""
+    """What is known of an instance. A suspect hasn't answered, and has time to refute that; everything still counts on it."""
 
     ALIVE = "alive"
+    SUSPECT = "suspect"
     DEAD = "dead"
     LEFT = "left"
+
+    @property
+    def is_living(self) -> bool:
+        """Whether it is to be counted on."""
+        return self is MemberState.ALIVE or self is MemberState.SUSPECT
+
+
+class Reach(StrEnum):
+    """What came of trying to reach a member: an answer, nothing, or nobody there to take a dial."""
+
+    REACHED = "reached"
+    SILENT = "silent"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +173,7 @@ class MemberRecord:
 
     instance: InstanceId
     generation: Generation
-    incarnation: Count
+    incarnation: Incarnation
     state: MemberState
     ws: Address
     http: Text

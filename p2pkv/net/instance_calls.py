@@ -11,7 +11,7 @@ from p2pkv.core.events import ClearRequested, PinRequested
 from p2pkv.core.ids import InstanceId, Location
 from p2pkv.core.keys import Identity
 from p2pkv.core.messages import InventoryEntry
-from p2pkv.core.records import MemberRecord, MemberState, Pinning
+from p2pkv.core.records import MemberRecord, Pinning
 from p2pkv.errors import (
     ErrorCode,
     Failure,
@@ -59,7 +59,7 @@ async def query_instance(driver: Driver, body: QueryInstanceBody) -> QueryInstan
     """Which living instance is at an address; the first of several by name."""
     wanted = _canonical_host(body.ip)
     for member in driver.machine.members():
-        if member.state is MemberState.ALIVE and _canonical_host(member.ws.host) == wanted:
+        if member.state.is_living and _canonical_host(member.ws.host) == wanted:
             return QueryInstanceReply(event_id=body.event_id or call_id("query_instance"), res=member.instance)
     detail = f"No living instance is known at {body.ip!r}. `p2pkv members` lists all with their addresses."
     raise UnknownNameError(Failure(ErrorCode.UNKNOWN_INSTANCE, detail))

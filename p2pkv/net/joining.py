@@ -6,7 +6,6 @@ import trio
 
 from p2pkv.core.events import SiblingsFound
 from p2pkv.core.ids import Address
-from p2pkv.core.records import MemberState
 from p2pkv.net.driver import Driver
 
 AGAIN_S = 10.0
@@ -23,6 +22,6 @@ async def keep_joining(driver: Driver, find: Callable[[], Awaitable[Iterable[Add
     driver.handle(SiblingsFound(tuple(await find())))
     while True:
         await trio.sleep(AGAIN_S)
-        alive = [member for member in driver.machine.members() if member.state is MemberState.ALIVE]
+        alive = [member for member in driver.machine.members() if member.state.is_living]
         if len(alive) <= 1:  # this node itself
             driver.handle(SiblingsFound(tuple(await find())))

@@ -35,7 +35,7 @@ from p2pkv.net.validation import MAX_BODY_NBYTES
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
 
 DIAL_S = 1.5
-"""Connecting and the websocket's handshake together. Three of them fit into the 5 s in which a dead member must be noticed."""
+"""Connecting and the websocket's handshake together. A dial that takes longer says no more than a suspicion does anyway."""
 ACCEPT_S = 5.0
 """A connection that hasn't asked for a websocket by then is closed."""
 MAX_CONNECTIONS = 1024

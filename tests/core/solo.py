@@ -8,6 +8,7 @@ from typing import TypeVar, Unpack
 from p2pkv.core import effects
 from p2pkv.core.effects import ENGINE_STAGE, Answer, Effect, Found, Lent
 from p2pkv.core.events import (
+    DialFailed,
     EngineAttached,
     Event,
     LinkLost,
@@ -23,7 +24,7 @@ from p2pkv.core.machine import Machine
 from p2pkv.core.messages import PROTOCOL_VERSION, Goodbye, Hello, Message, Status
 from p2pkv.core.records import MemberRecord, MemberState
 from p2pkv.errors import ErrorCode, Failure
-from tests.core.builders import IDENTITY, NAMESPACE, Limits, config_of, member
+from tests.core.builders import IDENTITY, NAMESPACE, Limits, address_of, config_of, member
 
 T = TypeVar("T")
 ME: InstanceId = "me"
@@ -98,6 +99,10 @@ class Solo:
     def lose(self, link: LinkId) -> list[Effect]:
         """A link breaks."""
         return self.happen(LinkLost(link, "broken"))
+
+    def say_refused(self, name: InstanceId) -> list[Effect]:
+        """A dial of an instance is refused."""
+        return self.happen(DialFailed(address_of(name), "refused"))
 
     def heard(self, link: LinkId, kind: type[T]) -> list[T]:
         """All messages of one type that the peer behind `link` was ever sent."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from hashlib import blake2b
 from math import inf
@@ -23,8 +24,10 @@ from p2pkv.core.messages import (
     InventoryRequest,
     Leaving,
     Offer,
+    Ping,
     PlanAnswer,
     PlanRequest,
+    Pong,
     Status,
     Take,
     TakeAnswer,
@@ -48,13 +51,13 @@ def test_there_is_always_a_next_deadline_and_waking_early_does_nothing() -> None
     assert solo.machine.wakeup_at() == due_at
 
 
-def test_a_status_each_second_is_all_that_an_idle_pair_says() -> None:
+def test_a_status_and_a_probe_each_second_is_all_that_an_idle_pair_says() -> None:
     cluster = Cluster("a", "b")
     cluster.run(1.0)
     cluster.done.clear()
     cluster.run(10 * STATUS_S)
-    said = [type(effect.message) for _, effect in cluster.done if isinstance(effect, SendMessage)]
-    assert said == [Status] * 20
+    said = Counter(type(effect.message) for _, effect in cluster.done if isinstance(effect, SendMessage))
+    assert said == {Status: 20, Ping: 20, Pong: 20}
 
 
 def test_what_was_forgotten_may_still_happen() -> None:

@@ -1,4 +1,4 @@
-"""Who is in the cluster (protocol rules L1 to L5, L8, L9): one machine, and peers that say what they like."""
+"""Who is in the cluster (protocol rules L1 to L5, L8, L9; of two also L13, L14): one machine, and peers that say anything."""
 
 from dataclasses import replace
 
@@ -7,31 +7,36 @@ import pytest
 from p2pkv.core.effects import CloseLink, MemberChanged, OpenLink
 from p2pkv.core.events import DialFailed, SiblingsFound
 from p2pkv.core.ids import Address
-from p2pkv.core.membership import (
-    DEAD_AFTER_DIALS,
-    DEAD_AFTER_S,
-    HANDSHAKE_S,
-    REMEMBER_S,
-    SILENT_S,
-)
+from p2pkv.core.membership import HANDSHAKE_S
 from p2pkv.core.messages import (
     MEMBERS_MAX,
     Hello,
     InventoryRequest,
     Leaving,
-    Members,
     Message,
     Ping,
     Pong,
+    Rumour,
+    Rumours,
     Status,
 )
-from p2pkv.core.records import MemberState
+from p2pkv.core.records import MemberRecord, MemberState
+from p2pkv.core.timers import lan
 from p2pkv.errors import ErrorCode
 from tests.core.builders import NAMESPACE, address_of, member
 from tests.core.cluster import Cluster
 from tests.core.solo import ME, Solo, dialed, goodbye_of, hello, status
 
-ALIVE, DEAD, LEFT = MemberState.ALIVE, MemberState.DEAD, MemberState.LEFT
+ALIVE, SUSPECT, DEAD, LEFT = MemberState.ALIVE, MemberState.SUSPECT, MemberState.DEAD, MemberState.LEFT
+TIMERS = lan(2)
+DEAD_AFTER_S = TIMERS.probe_interval_s + TIMERS.suspicion_min_s
+"""From a link's end, where nobody else can be asked."""
+
+
+def alive(record: MemberRecord) -> Rumours:
+    """Someone passes on what a member says of itself."""
+    about = (record.instance, record.generation, record.incarnation)
+    return Rumours((Rumour(*about, ALIVE, ws=record.ws, origin=record.instance),))
 
 
 # --- L1, L2: the handshake ------------------------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def test_a_new_member_is_asked_for_its_inventory() -> None:
         replace(hello(member("a")), versions=(99,)),
         Pong(nonce=1),
         status(member("a")),
-        Members(members=()),
+        alive(member("a")),
     ],
 )
 def test_what_doesnt_belong_is_refused_with_a_reason(said: Message) -> None:
@@ -113,7 +118,8 @@ def test_the_others_notice_nothing_of_a_stranger() -> None:
     friend = solo.join("a")
     solo.say(solo.open(), replace(hello(member("b")), cluster="another"))
     assert not solo.is_closed(friend)
-    assert solo.heard(friend, Members) == []
+    solo.run(0.1)
+    assert solo.heard(friend, Rumours) == [alive(member("a"))]
     assert solo.say(friend, Ping(nonce=3)) != []
 
 
@@ -128,7 +134,7 @@ def test_members_that_others_tell_of_are_only_dialed() -> None:
     solo = Solo()
     link = solo.open()
     solo.say(link, hello(member("a"), member("b"), member(ME, 99)))
-    solo.say(link, Members(members=(member("c"),)))
+    solo.say(link, alive(member("c")))
     solo.run(0.1)
     assert [record.instance for record in solo.machine.members()] == ["a", ME]
     assert dialed(solo) == [address_of("b"), address_of("c")]
@@ -141,10 +147,10 @@ def test_hearsay_of_what_is_known_already_is_no_news() -> None:
     solo.lose(other)
     solo.happen(DialFailed(address_of("b"), "refused"))
     solo.done.clear()
-    solo.say(link, Members(members=(member("b", 5),)))
+    solo.say(link, alive(member("b", 5)))
     solo.run(0.05)
     assert dialed(solo) == []
-    solo.say(link, Members(members=(member("b", 6),)))
+    solo.say(link, alive(member("b", 6)))
     solo.run(0.01)
     assert dialed(solo) == [address_of("b")], "a newer boot is worth a dial"
 
@@ -153,8 +159,16 @@ def test_everyone_is_told_of_a_new_member_once() -> None:
     solo = Solo()
     first = solo.join("a")
     second = solo.join("b")
-    assert solo.heard(first, Members) == [Members(members=(member("b"),))]
-    assert solo.heard(second, Members) == []
+    solo.run(0.1)
+    assert [alive(member("b")).rumours[0] in said.rumours for said in solo.heard(first, Rumours)] == [True]
+    solo.say(second, status(replace(member("b"), incarnation=1)))
+    for _ in range(10):
+        solo.run(1.0)
+        for link, name in ((first, "a"), (second, "b")):
+            for ping in solo.heard(link, Ping):
+                solo.say(link, Pong(ping.nonce))
+            solo.say(link, status(member(name)))
+    assert len(solo.heard(first, Rumours)) == lan(3).retransmits // 2
 
 
 def test_a_cluster_has_a_limit() -> None:
@@ -218,13 +232,13 @@ def test_the_end_of_the_other_link_is_no_loss() -> None:
     assert solo.state_of("a") is ALIVE
 
 
-# --- L3, L4, L8: death ----------------------------------------------------------------------------------------------------
+# --- L3, L4, L8, L13, L14: death ------------------------------------------------------------------------------------------
 
 
 def die(solo: Solo, name: str, link: int) -> None:
     """A link breaks, and every redial is refused."""
     solo.lose(link)
-    for _ in range(DEAD_AFTER_DIALS):
+    for _ in range(TIMERS.refusals):
         solo.run(1.0)
         solo.happen(DialFailed(address_of(name), "refused"))
     solo.run(0.01)
@@ -275,15 +289,16 @@ def test_a_member_whose_link_comes_back_never_died() -> None:
 def test_a_silent_link_is_closed_and_its_member_redialed() -> None:
     solo = Solo()
     link = solo.join("a")
-    solo.run(SILENT_S - 0.1)
+    solo.run(TIMERS.close_silent_s - 0.1)
     solo.say(link, Ping(nonce=1))
-    solo.run(SILENT_S - 0.1)
+    solo.run(TIMERS.close_silent_s - 0.1)
     assert not solo.is_closed(link)
     solo.run(0.2)
     assert solo.is_closed(link)
-    assert solo.state_of("a") is ALIVE
-    solo.run(DEAD_AFTER_S)
+    assert solo.state_of("a") is SUSPECT
+    solo.run(0.1)
     assert dialed(solo) == [address_of("a")]
+    solo.run(DEAD_AFTER_S)
     assert solo.state_of("a") is DEAD
 
 
@@ -293,18 +308,19 @@ def test_a_dead_member_comes_back_with_a_hello() -> None:
     other = solo.join("b")
     solo.join("a")
     assert solo.state_of("a") is ALIVE
-    assert solo.heard(other, Members) == [Members(members=(member("a"),))]
+    solo.run(0.5)
+    assert alive(member("a")).rumours[0] in solo.heard(other, Rumours)[-1].rumours
 
 
 def test_a_dead_member_is_dialed_on_and_then_forgotten() -> None:
     solo = Solo()
     die(solo, "a", solo.join("a"))
-    for _ in range(int(REMEMBER_S / 10)):
+    for _ in range(int(TIMERS.remember_s / 10)):
         solo.happen(DialFailed(address_of("a"), "refused"))
         before = len(dialed(solo))
         solo.run(9.0)
         assert len(dialed(solo)) == before + 1
-    solo.run(REMEMBER_S / 10)
+    solo.run(TIMERS.remember_s / 10)
     assert solo.state_of("a") is None
     assert solo.machine.inventory_of("a") == ()
     solo.done.clear()
@@ -322,7 +338,7 @@ def test_a_stall_of_ones_own_kills_nobody() -> None:
     solo.machine.wake(solo.now)
     solo.say(link, Ping(nonce=1))
     assert [solo.state_of(name) for name in ("a", "b")] == [ALIVE, ALIVE]
-    solo.run(SILENT_S + DEAD_AFTER_S - 1.5)
+    solo.run(TIMERS.close_silent_s + DEAD_AFTER_S - 1.5)
     assert solo.effects(CloseLink) != [], "silence counts again"
 
 
@@ -341,9 +357,9 @@ def test_a_lost_member_gets_its_time_after_a_stall_too() -> None:
     solo.lose(solo.join("a"))
     solo.run(1.0)
     solo.now += 30.0
-    solo.run(0.5)
-    assert solo.state_of("a") is ALIVE
-    solo.run(DEAD_AFTER_S)
+    solo.run(DEAD_AFTER_S - 1.5)
+    assert solo.state_of("a") is SUSPECT
+    solo.run(1.0)
     assert solo.state_of("a") is DEAD
 
 

@@ -13,16 +13,19 @@ from p2pkv.core.messages import (
     FetchReport,
     ManifestPage,
     ManifestRequest,
+    MemberTable,
     Message,
     Offer,
     PlanAnswer,
     PlanRequest,
+    ProbeAnswer,
+    Rumours,
     Take,
     TakeAnswer,
 )
 from p2pkv.core.moves.coordinator import PLAN_S
 from p2pkv.core.moves.handover import TAKE_ANSWER_S
-from p2pkv.core.records import ChunkCounts, EventState, Operation
+from p2pkv.core.records import ChunkCounts, EventState, MemberState, Operation
 from p2pkv.errors import ErrorCode
 from tests.core.builders import LEASE_S, LEAVE_S, MOVE_DEADLINE_S, keys_of, prompt
 from tests.core.cluster import Cluster
@@ -362,9 +365,12 @@ def test_a_target_that_coordinates_itself_waits_for_its_own_end() -> None:
 def test_two_ends_that_lose_each_other_leave_a_duplicate_at_worst() -> None:
     cluster = trio()
     cluster.hold(TakeAnswer)
+    for third in (ProbeAnswer, Rumours, MemberTable):
+        cluster.lose(third)
     event_id = begin(cluster)
     cluster.cut("a", "b")
-    cluster.run(4.0)
+    cluster.run(19.0)  # a probe, and a suspicion that nobody shares
+    assert cluster.states("a")["b"] is cluster.states("b")["a"] is MemberState.DEAD
     assert [cluster.event(name, event_id).state for name in "abc"] == [FAILED, DONE, FAILED], "the source's word counts"
     assert where(cluster) == (ALL, ALL)
     cluster.heal()

@@ -5,20 +5,18 @@ import pytest
 from p2pkv.core.effects import Stop
 from p2pkv.core.events import SiblingsFound
 from p2pkv.core.ids import Address
-from p2pkv.core.membership import (
-    CHALLENGE_S,
-    HANDSHAKE_S,
-    JOINING_S,
-)
+from p2pkv.core.membership import GENERATIONS_MAX, HANDSHAKE_S, JOINING_S
 from p2pkv.core.messages import (
     Goodbye,
     Hello,
     InventoryRequest,
     Ping,
     Pong,
+    ProbeRequest,
 )
+from p2pkv.core.names import CHALLENGE_S
 from p2pkv.errors import ErrorCode, Failure
-from tests.core.builders import member
+from tests.core.builders import WALL_OFFSET_S, member
 from tests.core.solo import ME, Solo, dialed, goodbye_of, hello, status
 
 
@@ -123,8 +121,8 @@ def test_a_holder_whose_link_is_replaced_while_its_name_is_decided_is_asked_agai
     new = solo.join("a", 1)
     assert solo.is_closed(old)
     solo.run(CHALLENGE_S - 0.01)
-    [ping] = solo.heard(new, Ping)
-    solo.say(new, Pong(ping.nonce))
+    assert Ping(nonce=newcomer) in solo.heard(new, Ping)
+    solo.say(new, Pong(nonce=newcomer))
     assert not solo.is_closed(new)
     assert [goodbye.failure.code for goodbye in solo.heard(newcomer, Goodbye)] == [ErrorCode.INSTANCE_ID_IN_USE]
 
@@ -154,6 +152,19 @@ def test_only_the_holder_answers_for_its_name(nonce_offset: int) -> None:
     assert not solo.is_closed(newcomer)
 
 
+def test_nobody_is_asked_about_a_boot_that_another_has_replaced() -> None:
+    solo = Solo()
+    solo.join("a", 1)
+    others = [solo.join("b"), solo.join("c")]
+    solo.join("a", 2)
+    for _ in range(4):
+        solo.run(CHALLENGE_S / 4)
+        for name, link in zip("bc", others, strict=True):
+            solo.say(link, status(member(name)))
+    assert solo.record_of("a") == member("a", 2)
+    assert [request.generation for link in others for request in solo.heard(link, ProbeRequest)] == []
+
+
 def test_a_newer_boot_takes_over_from_a_dead_one_at_once() -> None:
     solo = Solo()
     solo.lose(solo.join("a", 1))
@@ -167,6 +178,15 @@ def test_an_older_boot_is_refused() -> None:
     solo.join("a", 5)
     link = solo.join("a", 4)
     assert goodbye_of(solo, link) is ErrorCode.INSTANCE_ID_IN_USE
+
+
+def test_a_boot_from_a_clock_gone_wrong_is_refused() -> None:
+    solo = Solo()
+    latest = int(1000 * (solo.now + WALL_OFFSET_S)) + GENERATIONS_MAX
+    assert goodbye_of(solo, solo.join("a", latest + 1)) is ErrorCode.PROTOCOL_ERROR
+    assert solo.record_of("a") is None
+    solo.join("a", latest)
+    assert solo.record_of("a") == member("a", latest)
 
 
 def test_a_challenge_gets_its_time_after_a_stall_too() -> None:

@@ -8,13 +8,17 @@ from sims.batch import Totals, run_batch
 SEEDS = {
     "apart": 24,
     "calm": 20,
+    "clogged": 4,
     "crashes": 60,
     "crowded": 20,
     "engines": 12,
+    "half_lost": 8,
     "long": 3,
     "lossy": 40,
     "moves": 40,
     "peer_fetch": 20,
+    "restarts": 8,
+    "silent": 8,
 }
 
 

@@ -24,6 +24,7 @@ from p2pkv.core.records import (
     MemberState,
     Operation,
     Pinning,
+    Reach,
     Selection,
 )
 from p2pkv.errors import ErrorCode, Failure, RemoteProtocolError
@@ -50,6 +51,7 @@ MEMBER = MemberRecord(
     namespaces=(NAMESPACE,),
     locations=(LocationStatus(Location.LOCAL_CPU, chunk_count=1, nbytes=4096, limit_nbytes=5 * 2**30),),
 )
+RUMOUR = messages.Rumour("b", 2, 2**62 - 1, MemberState.SUSPECT, ws=Address("::1", 1), origin="a")
 EVENT = EventRecord(
     event_id=EVENT_ID,
     state=EventState.RUNNING,
@@ -79,7 +81,10 @@ EXAMPLES: tuple[messages.Message, ...] = (
     messages.Hello(versions=(1,), cluster="p2pkv", me=MEMBER, members=(MEMBER, MEMBER)),
     messages.Goodbye(FAILURE),
     messages.Leaving(generation=7),
-    messages.Members((MEMBER,)),
+    messages.Rumours((RUMOUR,)),
+    messages.MemberTable(is_answer=False, rumours=(RUMOUR, RUMOUR)),
+    messages.ProbeRequest(2**64 - 1, "b", generation=2),
+    messages.ProbeAnswer(0, Reach.SILENT),
     messages.Status(MEMBER, sequence=3, entry_count=2, entry_sum=2**64 - 1),
     messages.Ping(0),
     messages.Pong(2**64 - 1),
@@ -125,6 +130,9 @@ EXAMPLES: tuple[messages.Message, ...] = (
     PIN_REQUEST,
     messages.CommandAnswer(nonce=1, token_count=12, failure=None),
 )
+
+
+RUMOUR_FIELDS = msgpack.unpackb(peer_codec().encode(messages.Rumours((RUMOUR,))))["rumours"][0]
 
 
 def test_the_examples_cover_every_message() -> None:
@@ -187,7 +195,13 @@ def test_other_protocols_use_the_same_codec() -> None:
         ({"type": "ping"}, "nonce"),
         ({"type": "ping", "nonce": -1}, "nonce"),
         ({"type": "ping", "nonce": 2**63 + 0.5}, "nonce"),
-        ({"type": "members", "members": [{"instance": "../etc"}]}, "members.0.instance"),
+        ({"type": "rumours", "rumours": [{"instance": "../etc"}]}, "rumours.0.instance"),
+        ({"type": "rumours", "rumours": []}, "rumours"),
+        ({"type": "rumours", "rumours": [RUMOUR_FIELDS] * 65}, "rumours"),
+        ({"type": "rumours", "rumours": [{**RUMOUR_FIELDS, "incarnation": 2**62}]}, "rumours.0.incarnation"),
+        ({"type": "rumours", "rumours": [{**RUMOUR_FIELDS, "state": "undead"}]}, "rumours.0.state"),
+        ({"type": "member_table", "is_answer": True, "rumours": [RUMOUR_FIELDS] * 1026}, "rumours"),
+        ({"type": "probe_answer", "nonce": 1, "reach": "maybe"}, "reach"),
         ({"type": "leaving", "generation": b"short"}, "generation"),
         ({"type": "ping", "nonce": msgpack.ExtType(5, b"x")}, "not msgpack within our limits"),
         ({"type": "ping", "nonce": [0] * 5000}, "not msgpack within our limits"),

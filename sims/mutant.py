@@ -1,0 +1,43 @@
+"""A core with one rule broken, for as long as a test wants it so."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+Method = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A core that breaks one rule.
+
+    Attributes:
+        rule: Number of the rule in `docs/protocol.md`.
+        scenario: Which is known to catch it.
+        owner: Where the method is.
+        method: Its name.
+        wrong: Makes the wrong method, given the right one.
+    """
+
+    rule: str
+    scenario: str
+    owner: type | ModuleType
+    method: str
+    wrong: Callable[[Method], Method]
+
+    @property
+    def description(self) -> str:
+        """What it does wrong."""
+        return (self.wrong.__doc__ or "").rstrip(".")
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The core is wrong meanwhile."""
+        right = getattr(self.owner, self.method)
+        setattr(self.owner, self.method, self.wrong(right))
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.method, right)
