@@ -12,6 +12,7 @@ from p2pkv.commands.client import NodeClient
 from p2pkv.commands.top_view import size_text
 from p2pkv.config import NodeConfig
 from p2pkv.core.ids import Location, is_instance_id
+from p2pkv.core.records import MemberState
 from p2pkv.errors import ErrorCode, Failure, NodeUnreachableError, P2pkvError, failure_error
 from p2pkv.rendezvous import Place, is_living, place_of, read_card, runtime_directory
 
@@ -83,7 +84,7 @@ def _member(client: NodeClient, instance: str) -> dict[str, Any]:
     if member is None:
         known = ", ".join(each["instance"] for each in members)
         raise failure_error(Failure(ErrorCode.UNKNOWN_INSTANCE, f"No instance is named {instance!r}; known are {known}."))
-    if member["state"] != "alive":
+    if not MemberState(member["state"]).is_living:
         raise failure_error(Failure(ErrorCode.INSTANCE_UNREACHABLE, f"Instance {instance!r} is {member['state']}."))
     if Location.LOCAL_CPU not in member["locations"]:
         raise failure_error(Failure(ErrorCode.UNKNOWN_LOCATION, f"Instance {instance!r} stores nothing."))

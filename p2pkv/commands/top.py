@@ -26,6 +26,7 @@ from p2pkv.commands.top_view import (
     shares_of_height,
     time_text,
 )
+from p2pkv.core.records import MemberState
 from p2pkv.errors import NodeUnreachableError, P2pkvError, UnknownNameError
 from p2pkv.http_paths import event_path
 
@@ -153,7 +154,7 @@ class Nodes:
 
 def _urls_of(snapshot: Snapshot) -> list[str]:
     """Where members answer, the living ones first; behind a shared port the asked one's own address is among them."""
-    members = sorted(snapshot.members, key=lambda member: (member["state"] != "alive", member["instance"]))
+    members = sorted(snapshot.members, key=lambda member: (not _is_living(member), member["instance"]))
     return [member["http"] for member in members if member["http"] != snapshot.url and member["http"]]
 
 
@@ -227,8 +228,11 @@ def _screen(console: "Console", snapshot: Snapshot, trouble: _Trouble | None, in
 
 
 def _living(snapshot: Snapshot) -> str:
-    living = sum(member["state"] == "alive" for member in snapshot.members)
-    return f"{living} of {len(snapshot.members)} alive"
+    return f"{sum(map(_is_living, snapshot.members))} of {len(snapshot.members)} alive"
+
+
+def _is_living(member: Mapping[str, Any]) -> bool:
+    return MemberState(member["state"]).is_living
 
 
 def _drawn(shown: Table, row_count: int, width: int) -> "RenderableType":
@@ -246,6 +250,7 @@ def _drawn(shown: Table, row_count: int, width: int) -> "RenderableType":
 
 _STYLES = {
     "alive": "green",
+    "suspect": "yellow",
     "dead": "bold red",
     "left": "dim",
     "pending": "yellow",
