@@ -15,7 +15,7 @@ from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.inventory import InventoryView
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.liveness import Liveness
-from p2pkv.core.messages import InventoryDelta, Pin, PlanRequest, Take, TakeAnswer
+from p2pkv.core.messages import InventoryDelta, InventoryDigest, InventoryPage, Pin, PlanRequest, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.handover import Handover
 from p2pkv.core.moves.plan import find_manifest
@@ -301,6 +301,26 @@ def ignores_gaps(right: Method) -> Method:
     return apply_delta
 
 
+def takes_any_page(right: Method) -> Method:
+    """A view of an inventory takes a page for what is held at another moment."""
+
+    def apply_page(self: InventoryView, page: InventoryPage) -> bool:
+        is_applied: bool = right(self, replace(page, sequence=self.sequence))
+        return is_applied
+
+    return apply_page
+
+
+def trusts_ranges(_right: Method) -> Method:
+    """A view of an inventory goes on from a digest without fetching what differs."""
+
+    def compare(self: InventoryView, digest: InventoryDigest) -> None:
+        if digest.generation == self.generation and digest.sequence >= self.sequence:
+            self.sequence, self.awaits_digest = digest.sequence, False
+
+    return compare
+
+
 MUTANTS = {
     mutant.wrong.__name__: mutant
     for mutant in (
@@ -326,6 +346,8 @@ MUTANTS = {
         Mutant("S5", "crowded", holdings, "find_victims", evicts_prefixes_first),
         Mutant("S7", "crowded", Residency, "is_pinned", evicts_what_is_pinned),
         Mutant("I2", "moves", InventoryView, "apply_delta", ignores_gaps),
+        Mutant("I3", "short_log", InventoryView, "compare", trusts_ranges),
+        Mutant("I4", "short_log", InventoryView, "apply_page", takes_any_page),
         Mutant("R4", "peer_fetch", PeerFetches, "_flight_with", flies_twice),
         Mutant("L11", "half_lost", Liveness, "_told_of_me", refutes_nothing),
         Mutant("L13", "silent", Suspicion, "confirm", counts_no_confirmations),

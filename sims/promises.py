@@ -12,6 +12,7 @@ from p2pkv.core.effects import (
     Effect,
     EventChanged,
     FetchChunks,
+    InventoryDoubted,
     MemberChanged,
     OpenLink,
     ReleaseReason,
@@ -21,7 +22,7 @@ from p2pkv.core.effects import (
 from p2pkv.core.events import EngineLost, Event, FetchEnded, MessageReceived, ReadEnded, RouteRefused
 from p2pkv.core.ids import Address, EventId, InstanceId
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import InventoryRequest, Message, PlanAnswer, PlanRequest, Take, TakeAnswer
+from p2pkv.core.messages import Message, PlanAnswer, PlanRequest, Take, TakeAnswer
 from p2pkv.core.records import EventRecord, EventState, Operation
 from sims.flights import Flights
 from sims.ledger import Ledger, PromiseBrokenError
@@ -106,6 +107,8 @@ class Promises:
                 self._dialed(instance, effect.address)
             case FetchChunks():
                 self.flights.fetch_begins(instance, effect.event_id, effect.chunks)
+            case InventoryDoubted():
+                raise self._broken("I2", f"{instance} doubts the inventory of {effect.instance}: {effect.reason}")
             case MemberChanged():
                 self.flights.lost(instance, effect.member.instance)
             case EventChanged():
@@ -124,8 +127,6 @@ class Promises:
 
     def _sent(self, sender: InstanceId, message: Message) -> None:
         match message:
-            case InventoryRequest(generation=0, sequence=0):
-                raise self._broken("I2", f"{sender} finds that its view of an inventory is wrong")
             case PlanRequest():
                 self.flights.asked(sender, message)
             case Take():

@@ -7,6 +7,8 @@ import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from p2pkv.core.inventory import LOG_CHANGES
+
 FOLDER = Path(__file__).parent / "scenarios"
 
 Share = Annotated[float, Ge(0), Le(1)]
@@ -131,6 +133,7 @@ class Scenario(_Part):
         instances: How many.
         capacity: Chunks that each can hold.
         peer_fetch: Whether lookups fetch from peers what they miss.
+        log_changes: Of its inventory, how many an instance can tell a peer that lags.
         duration_s: Virtual time in which everything is asked for.
         prompts: What it is about.
         operations: What is asked for.
@@ -144,6 +147,7 @@ class Scenario(_Part):
     instances: Annotated[int, Ge(2), Le(128)] = 3
     capacity: PositiveCount = 40
     peer_fetch: bool = False
+    log_changes: PositiveCount = LOG_CHANGES
     duration_s: Annotated[float, Gt(0), Le(3600)] = 20.0
     prompts: Prompts = Prompts()
     operations: Operations = Operations()

@@ -12,7 +12,7 @@ from p2pkv.core.effects import Answer, Effect, EventChanged, FetchChunks, SendMe
 from p2pkv.core.events import Event, FetchEnded, StoreRequested
 from p2pkv.core.ids import EventId, InstanceId, Parties, parse_event_id
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.messages import FetchReport, ManifestPage, Message, Offer, Take, TakeAnswer
+from p2pkv.core.messages import FetchReport, InventoryDigest, InventoryPage, ManifestPage, Message, Offer, Take, TakeAnswer
 from p2pkv.core.records import EventRecord, EventState
 from p2pkv.errors import ErrorCode
 from sims.engine import chain
@@ -142,6 +142,8 @@ class Sightings:
                 keys = dict.fromkeys(chunk.key for chunk in message.chunks)
                 self._of_source(message.event_id).keys.update(keys)
                 self.counts["manifest page"] += isinstance(message, ManifestPage)
+            case InventoryDigest() | InventoryPage():
+                self.counts["past the log"] += 1
             case FetchReport(is_complete=True):
                 self._enter(message.event_id, Phase.FETCHED)
             case Take():

@@ -79,6 +79,7 @@ class World:
         self._addresses = {f"i{index}": Address("virtual", 1 + index) for index in range(scenario.instances)}
         self._capacity = scenario.capacity
         self._peer_fetch = scenario.peer_fetch
+        self._log_changes = scenario.log_changes
         self._numbers = 0
         self._trace = blake2b(digest_size=16)
         self._recorder = recorder
@@ -118,6 +119,7 @@ class World:
             lease_s=LEASE_S,
             leave_s=LEAVE_S,
             peer_fetch=self._peer_fetch,
+            log_changes=self._log_changes,
             wall_offset_s=0.0,
         )
         machine = Machine(config, Random(f"{self.seed}:{name}:{config.generation}"), self.clock.now)
@@ -245,7 +247,7 @@ class World:
                 member = self.nodes[effect.member.instance]
                 is_alive = member.is_up and member.machine.config.generation == effect.member.generation
                 self.false_death_count += is_alive and effect.member.state is MemberState.DEAD
-            case effects.EventChanged():
+            case effects.EventChanged() | effects.InventoryDoubted():
                 pass
 
     # --- links ------------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_a_rule_leaves_alone(rule: tidy.Rule, path: str, text: str) -> None:
 def test_a_heavy_import_is_found_through_other_modules() -> None:
     sources = [
         tidy.Source("p2pkv/node.py", "from p2pkv.net import driver"),
-        tidy.Source("p2pkv/net/__init__.py", "if True:\n    import numpy"),
+        tidy.Source("p2pkv/net/__init__.py", "if True:\n    import transformers"),
         tidy.Source("p2pkv/net/driver.py", "from p2pkv.wire.codec import encode"),
         tidy.Source("p2pkv/wire/codec.py", "import torch.nn"),
     ]
@@ -149,7 +149,7 @@ def test_a_heavy_import_is_found_through_other_modules() -> None:
 
 
 def test_a_heavy_import_that_a_node_never_runs_is_left_alone() -> None:
-    lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import numpy"
+    lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import transformers"
     sources = [tidy.Source("p2pkv/node.py", lazy), tidy.Source("p2pkv/engines/layout.py", "import torch")]
     assert not report(tidy.heavy_imports(sources, ["p2pkv.node"]))
 

@@ -133,7 +133,7 @@ def confinement(source: Source) -> Iterator[Problem]:
 # --- the pure core --------------------------------------------------------------------------------------------------------
 
 PURE_STDLIB = {"array", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools", "math"}
-PURE_NAMES = {"operator", "random.Random", "re", "struct", "sys.byteorder", "typing"}
+PURE_NAMES = {"numpy", "operator", "random.Random", "re", "struct", "sys.byteorder", "typing"}
 PURE_MODULES = {*PURE_STDLIB, *PURE_NAMES, "annotated_types", "p2pkv.core", "p2pkv.errors"}
 """All that core/ may import. `Random` is there as the type of a parameter."""
 IMPURE_BUILTINS = {
@@ -254,8 +254,8 @@ def _iterated(node: ast.AST) -> Iterator[ast.expr]:
 
 # --- no torch in the node -------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "vllm")
-"""What the extra `engines` brings, and vLLM: a node starts without it."""
+HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "vllm")
+"""What the extra `engines` brings, but for numpy, and vLLM: a node starts without it."""
 
 
 def heavy_imports(sources: Iterable[Source], roots: Iterable[str]) -> Iterator[Problem]:

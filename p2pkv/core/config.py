@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from p2pkv.core.ids import Address, Generation, InstanceId
+from p2pkv.core.inventory import LOG_CHANGES
 from p2pkv.core.records import HandoffAddress
 from p2pkv.core.timers import TimersOf, lan
 
@@ -28,6 +29,8 @@ class MachineConfig:
         leave_s: A leaving node is gone by then.
         peer_fetch: Whether a lookup that misses fetches a copy from a peer.
         wall_offset_s: Unix time minus the clock that `now` comes from; for what people read.
+        log_changes: How many of its inventory's last changes an instance keeps for peers that lag.
+        views_nbytes: Hard limit of what is kept of other instances' inventories. 256 MiB are 19 million chunks.
         timers_of: How long membership waits, for the number of members that there are.
     """
 
@@ -47,4 +50,6 @@ class MachineConfig:
     leave_s: float
     peer_fetch: bool
     wall_offset_s: float
+    log_changes: int = LOG_CHANGES
+    views_nbytes: int = 256 * 2**20
     timers_of: TimersOf = lan

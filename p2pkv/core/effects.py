@@ -137,6 +137,14 @@ class MemberChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class InventoryDoubted:
+    """What an instance says that it holds isn't believed, or not kept: something for the log."""
+
+    instance: InstanceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FetchChunks:
     """Bring these chunks by this route into the stage named like the move. Ends in one `FetchEnded` or `RouteRefused`."""
 
@@ -195,6 +203,7 @@ Effect = (
     | Answer
     | EventChanged
     | MemberChanged
+    | InventoryDoubted
     | FetchChunks
     | CancelFetch
     | AdmitStaged

@@ -26,7 +26,7 @@ class Holdings:
     """Books of all locations, the inventory they make up, and the namespaces that chunks belong to."""
 
     def __init__(self, config: MachineConfig, outbox: Outbox) -> None:
-        self.inventory = InventoryLog(config.generation)
+        self.inventory = InventoryLog(config.generation, config.log_changes)
         limit = Room(config.cpu_limit_nbytes, config.descriptor_limit)
         self.books: dict[Location, Residencies] = {}
         if config.cpu_limit_nbytes:

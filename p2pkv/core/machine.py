@@ -14,7 +14,7 @@ from typing import assert_never
 from p2pkv.core import messages
 from p2pkv.core.commands import Commands
 from p2pkv.core.config import MachineConfig
-from p2pkv.core.directory import Held, PromptFingerprints, longest_prefixes
+from p2pkv.core.directory import Held, PromptFingerprints
 from p2pkv.core.effects import Effect, Stop
 from p2pkv.core.events import (
     CancelRequested,
@@ -46,7 +46,7 @@ from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId, LinkId, WallTime
 from p2pkv.core.keys import Identity, TokenBytes
 from p2pkv.core.membership import Membership
-from p2pkv.core.messages import InventoryEntry, Message
+from p2pkv.core.messages import Message
 from p2pkv.core.moves.coordinator import Coordinator
 from p2pkv.core.moves.source import SourceMoves
 from p2pkv.core.moves.source_move import LaneGrant
@@ -56,6 +56,7 @@ from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.peers import Joined, Lost
 from p2pkv.core.prompt import prompt_of
 from p2pkv.core.records import EventRecord, MemberRecord
+from p2pkv.core.rows import InventoryEntry
 from p2pkv.core.serving import Serving
 from p2pkv.errors import ErrorCode, Failure
 
@@ -79,7 +80,7 @@ class Machine:
         self._targets = TargetMoves(*parts)
         self._coordinator = Coordinator(config, self._membership, self._history, self._outbox, rng, self._targets)
         self._serving = Serving(config, self._holdings, self._outbox, self._sources.keep)
-        self._gossip = Gossip(self._holdings, self._membership, self._outbox, now)
+        self._gossip = Gossip(self._holdings, self._membership, self._outbox, config.views_nbytes, now)
         self._peer_fetches = PeerFetches(
             config,
             self._serving,
@@ -172,8 +173,11 @@ class Machine:
         alive = [record for record in self._membership.records() if record.state.is_living]
         namespaces = dict.fromkeys(each for record in alive for each in record.namespaces if model in (None, each.model))
         prompts = [PromptFingerprints(prompt_of(each, identity, tokens)) for each in namespaces]
-        inventories = ((record.instance, self._gossip.entries_of(record.instance)) for record in alive)
-        return longest_prefixes(prompts, [(instance, entries) for instance, entries in inventories if entries is not None])
+        return self._gossip.longest_prefixes(prompts, [record.instance for record in alive])
+
+    def is_view_complete(self) -> bool:
+        """Whether all that living members hold is in view here: whom a `lookup` doesn't name then, holds nothing."""
+        return self._gossip.is_complete([record.instance for record in self._membership.records() if record.state.is_living])
 
     def members(self) -> tuple[MemberRecord, ...]:
         """All members, oneself included, by name; one's own locations as they are at this moment."""
@@ -193,8 +197,7 @@ class Machine:
 
     def inventory_of(self, instance: InstanceId) -> tuple[InventoryEntry, ...]:
         """What an instance holds, as far as is known here, in order of fingerprints; empty for one that isn't known."""
-        entries = self._gossip.entries_of(instance)
-        return () if entries is None else tuple(sorted(entries, key=lambda each: (each.fingerprint, each.location)))
+        return tuple(sorted(self._gossip.entries_of(instance), key=lambda each: (each.fingerprint, each.location)))
 
     def event(self, event_id: EventId) -> EventRecord | None:
         """An event as it is known here, without asking anyone."""
@@ -303,13 +306,15 @@ class Machine:
                 self._membership.leaving(sender, message, now)
             case messages.Status():
                 self._membership.status(sender, message)
-                self._gossip.status(sender, message)
-            case messages.InventoryRequest():
-                self._gossip.requested(sender, message)
-            case messages.InventoryDelta():
-                self._gossip.delta(sender, message)
-            case messages.InventoryPage():
-                self._gossip.page(sender, message)
+                self._gossip.status(sender, message, now)
+            case (
+                messages.InventoryRequest()
+                | messages.InventoryDelta()
+                | messages.InventoryDigest()
+                | messages.RangeRequest()
+                | messages.InventoryPage()
+            ):
+                self._gossip.receive(sender, message, now)
             case messages.ClearRequest() | messages.PinRequest():
                 self._commands.carry_out(message, sender, now)
             case messages.CommandAnswer():
@@ -363,7 +368,7 @@ class Machine:
     def _follow(self, news: Joined | Lost, now: float) -> None:
         match news:
             case Joined():
-                self._gossip.joined(news.instance)
+                self._gossip.joined(news.instance, now)
             case Lost():
                 self._sources.target_lost(news.instance, now)
                 self._targets.source_lost(news.instance, now)

@@ -14,11 +14,17 @@ from p2pkv.core.keys import ChunkKey, Fingerprint, Identity, Namespace, TokenByt
 from p2pkv.core.records import Count, EventRecord, Lane, MemberRecord, MemberState, Operation, Pinning, Reach, Selection
 from p2pkv.errors import Failure
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MANIFEST_PAGE_CHUNKS = 64
 """About 70 KiB a page: 64 times 1 KiB of tokens. A websocket in Python masks that in 2 ms."""
 TAKE_BATCH_KEYS = 1024
-INVENTORY_PAGE_ENTRIES = 2048
+INVENTORY_PAGE_ENTRIES = 4096
+"""48 KiB: of a delta, and of a page of a snapshot."""
+CHANGE_NBYTES = 12
+"""Fingerprint (8 bytes); then tokens - 1 (16 bits), whether it went, location (a bit each), 14 bits of 0; little-endian."""
+RANGE_NBYTES = 16
+"""Of an `InventoryDigest`: count and additive hash, 8 bytes each, little-endian."""
+RANGE_BITS_MAX = 10
 MEMBERS_MAX = 1024
 RUMOURS_MAX = 64
 
@@ -85,7 +91,7 @@ class Status:
     """My own record as it is now, and how far my inventory has got: sent to every peer each second, and when it changes.
 
     `entry_count` and `entry_sum` (fingerprints with their locations, added modulo 2**64) are at `sequence`: a view that
-    has the same sequence but other figures is wrong and asks for a snapshot.
+    has the same sequence but other figures is wrong and asks for an `InventoryDigest`.
     """
 
     me: MemberRecord
@@ -128,26 +134,13 @@ class ProbeAnswer:
 # --- inventory ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class InventoryEntry:
-    """One chunk that its holder has (or, in a delta, has no longer)."""
-
-    fingerprint: Fingerprint
-    location: Location
-    token_count: Annotated[int, Ge(1), Le(65536)]
-
-
-@dataclass(frozen=True, slots=True)
-class InventoryChange:
-    """One step of an inventory log: the entry came (`present`) or went."""
-
-    present: bool
-    entry: InventoryEntry
+Changes = Annotated[bytes, Len(0, CHANGE_NBYTES * INVENTORY_PAGE_ENTRIES)]
+"""Entries that came or went, `CHANGE_NBYTES` each, as `rows` has them: a view of many members hasn't time for objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class InventoryRequest:
-    """Send me your inventory after `sequence` of `generation`; from the beginning when that isn't yours or is too old."""
+    """Send me the changes after `sequence` of `generation`; when that isn't yours or is too old, an `InventoryDigest`."""
 
     generation: Generation
     sequence: Count
@@ -159,18 +152,36 @@ class InventoryDelta:
 
     generation: Generation
     first_sequence: Annotated[int, Ge(1)]
-    changes: Annotated[tuple[InventoryChange, ...], Len(1, INVENTORY_PAGE_ENTRIES)]
+    changes: Changes
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryDigest:
+    """What I held at `sequence`, in outline: count and additive hash of each of 2**n equal ranges of fingerprints."""
+
+    generation: Generation
+    sequence: Count
+    ranges: Annotated[bytes, Len(RANGE_NBYTES, RANGE_NBYTES << RANGE_BITS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRequest:
+    """Send me what you hold from fingerprint `first` to `last`, or as much of it as a page holds."""
+
+    generation: Generation
+    first: Fingerprint
+    last: Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class InventoryPage:
-    """One page of all that I held at `sequence`. The pages of one sequence make a snapshot."""
+    """All that I held at `sequence` from fingerprint `first` to `last`."""
 
     generation: Generation
     sequence: Count
-    page_index: Count
-    page_count: Annotated[int, Ge(1)]
-    entries: Annotated[tuple[InventoryEntry, ...], Len(0, INVENTORY_PAGE_ENTRIES)]
+    first: Fingerprint
+    last: Fingerprint
+    entries: Changes
 
 
 # --- moves ----------------------------------------------------------------------------------------------------------------
@@ -375,7 +386,7 @@ class CommandAnswer:
 
 LivenessMessage = Rumours | MemberTable | Pong | ProbeRequest | ProbeAnswer
 MembershipMessage = Hello | Goodbye | Leaving | Status | Ping | LivenessMessage
-InventoryMessage = InventoryRequest | InventoryDelta | InventoryPage
+InventoryMessage = InventoryRequest | InventoryDelta | InventoryDigest | RangeRequest | InventoryPage
 SourceMessage = PlanRequest | ManifestRequest | FetchReport | TakeAnswer | CancelRequest
 TargetMessage = Offer | ManifestPage | Take
 CoordinatorMessage = PlanAnswer | EventRequest | EventReport

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf
 
 from p2pkv.core.config import MachineConfig
-from p2pkv.core.directory import Held, PromptFingerprints, longest_prefixes
+from p2pkv.core.directory import Held, PromptFingerprints
 from p2pkv.core.effects import Found
 from p2pkv.core.events import LookupRequested
 from p2pkv.core.gossip import Gossip
@@ -196,8 +196,7 @@ class PeerFetches:
             return [Held(source, Location.LOCAL_CPU, token_count(miss.prompt.tokens))]
         records = [each for each in self._membership.records() if each.state.is_living]
         others = [each.instance for each in records if each.instance != self._config.instance]
-        views = [(name, entries) for name in others if (entries := self._gossip.entries_of(name)) is not None]
-        found = longest_prefixes([PromptFingerprints(miss.prompt)], views)
+        found = self._gossip.longest_prefixes([PromptFingerprints(miss.prompt)], others)
         return [held for held in found if held.num_tokens > miss.held_tokens]
 
     def _saved_s(self, miss: _Miss, held: Held, now: float) -> float:

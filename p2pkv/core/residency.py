@@ -22,8 +22,8 @@ from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import EventId, Location
 from p2pkv.core.inventory import InventoryLog
 from p2pkv.core.keys import TOKEN_NBYTES, ChunkKey, TokenBytes
-from p2pkv.core.messages import InventoryEntry
 from p2pkv.core.prompt import Prompt
+from p2pkv.core.rows import InventoryEntry
 from p2pkv.core.siblings import Siblings
 
 

@@ -142,7 +142,7 @@ async def _lookup(driver: Driver, body: LookupBody) -> LookupReply:
     for held in _holders(driver, body):
         if held.instance not in best or held.num_tokens > best[held.instance][1]:
             best[held.instance] = (held.location, held.num_tokens)
-    return LookupReply(event_id=call_id("lookup"), layout_info=best, complete=True)
+    return LookupReply(event_id=call_id("lookup"), layout_info=best, complete=driver.machine.is_view_complete())
 
 
 async def _full_lookup(driver: Driver, body: LookupBody) -> FullLookupReply:
@@ -150,7 +150,7 @@ async def _full_lookup(driver: Driver, body: LookupBody) -> FullLookupReply:
     layout: dict[str, list[tuple[str, int]]] = {}
     for held in _holders(driver, body):
         layout.setdefault(held.instance, []).append((held.location, held.num_tokens))
-    return FullLookupReply(event_id=call_id("full_lookup"), layout_info=layout, complete=True)
+    return FullLookupReply(event_id=call_id("full_lookup"), layout_info=layout, complete=driver.machine.is_view_complete())
 
 
 def _holders(driver: Driver, body: LookupBody) -> tuple[Held, ...]:

@@ -240,6 +240,8 @@ class Driver:
                 self._tell_event(effect.event)
             case effects.MemberChanged():
                 _log.info("member", instance=effect.member.instance, state=effect.member.state.value)
+            case effects.InventoryDoubted():
+                _log.warning("an inventory isn't believed", instance=effect.instance, reason=effect.reason)
             case effects.Stop():
                 self._stop(effect.failure)
             case _:

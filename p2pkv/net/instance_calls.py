@@ -10,8 +10,8 @@ from p2pkv.core.effects import AnswerValue
 from p2pkv.core.events import ClearRequested, PinRequested
 from p2pkv.core.ids import InstanceId, Location
 from p2pkv.core.keys import Identity
-from p2pkv.core.messages import InventoryEntry
 from p2pkv.core.records import MemberRecord, Pinning
+from p2pkv.core.rows import InventoryEntry
 from p2pkv.errors import (
     ErrorCode,
     Failure,

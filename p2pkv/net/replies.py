@@ -3,8 +3,8 @@
 import secrets
 from dataclasses import dataclass
 
-from p2pkv.core.messages import InventoryEntry
 from p2pkv.core.records import EventRecord, MemberRecord, Operation
+from p2pkv.core.rows import InventoryEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from sims.bench.report import Row
 
 STARTS = 5
 SETTLE_S = 3.0
-HEAVY = ("torch", "numpy", "transformers")
+HEAVY = ("torch", "transformers")
 
 
 def run() -> Sequence[Row]:

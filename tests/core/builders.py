@@ -19,7 +19,6 @@ from p2pkv.core.keys import (
     root_key,
     token_count,
 )
-from p2pkv.core.messages import InventoryEntry
 from p2pkv.core.prompt import Prompt
 from p2pkv.core.records import (
     ChunkCounts,
@@ -32,6 +31,7 @@ from p2pkv.core.records import (
     MemberState,
     Operation,
 )
+from p2pkv.core.rows import InventoryEntry
 
 CPU = Location.LOCAL_CPU
 CHUNK_SIZE = 4
@@ -121,6 +121,8 @@ class Limits(TypedDict, total=False):
     cpu_limit_nbytes: int
     descriptor_limit: int
     peer_fetch: bool
+    log_changes: int
+    views_nbytes: int
 
 
 def config_of(name: InstanceId, generation: int = 1, **changes: Unpack[Limits]) -> MachineConfig:

@@ -407,7 +407,7 @@ class Cluster:
             case effects.Stop():
                 node.stop = effect
                 self._later(partial(self.crash, node.name))
-            case effects.CancelFetch() | effects.EventChanged() | effects.MemberChanged():
+            case effects.CancelFetch() | effects.EventChanged() | effects.MemberChanged() | effects.InventoryDoubted():
                 pass
 
     def _later(self, action: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """The machine as a whole: its contract with the shell, and what it promises whatever happens."""
 
 import os
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -12,14 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pkv.core.directory import Held
-from p2pkv.core.effects import FetchChunks, MemberChanged, SendMessage, Stop
+from p2pkv.core.effects import FetchChunks, InventoryDoubted, MemberChanged, SendMessage, Stop
 from p2pkv.core.events import EngineAttached, LeaveRequested, LinkLost
-from p2pkv.core.gossip import FLUSH_S, STATUS_S
+from p2pkv.core.gossip import ASK_AGAIN_S, FLUSH_S, REST_S, STATUS_S
 from p2pkv.core.messages import (
+    CHANGE_NBYTES,
+    RANGE_NBYTES,
     EventReport,
     FetchReport,
-    InventoryChange,
     InventoryDelta,
+    InventoryDigest,
     InventoryPage,
     InventoryRequest,
     Leaving,
@@ -28,12 +31,14 @@ from p2pkv.core.messages import (
     PlanAnswer,
     PlanRequest,
     Pong,
+    RangeRequest,
     Status,
     Take,
     TakeAnswer,
 )
 from p2pkv.core.moves.handover import TAKE_ANSWER_S
 from p2pkv.core.records import MemberState, Operation, Selection
+from p2pkv.core.rows import FINGERPRINT_MAX, ROW_NBYTES, pack, unpack
 from tests.core.builders import CPU, IDENTITY, LEASE_S, LEAVE_S, NAMESPACE, chunks_of, entry, event_id, member, prompt
 from tests.core.cluster import CLIENT, Cluster
 from tests.core.solo import ME, Solo
@@ -209,8 +214,13 @@ def status_of(name: str, sequence: int, entry_count: int, entry_sum: int) -> Sta
 
 
 def delta(first_sequence: int, *fingerprints: int) -> InventoryDelta:
-    changes = tuple(InventoryChange(present=True, entry=entry(each)) for each in fingerprints)
+    changes = b"".join(pack(entry(each), present=True) for each in fingerprints)
     return InventoryDelta(generation=1, first_sequence=first_sequence, changes=changes)
+
+
+def page_of(sequence: int, *fingerprints: int) -> InventoryPage:
+    entries = b"".join(pack(entry(each), present=True) for each in fingerprints)
+    return InventoryPage(generation=1, sequence=sequence, first=0, last=FINGERPRINT_MAX, entries=entries)
 
 
 def test_changes_are_told_together_and_soon() -> None:
@@ -222,7 +232,8 @@ def test_changes_are_told_together_and_soon() -> None:
     assert solo.heard(link, InventoryDelta) == []
     solo.run(FLUSH_S)
     (told,) = solo.heard(link, InventoryDelta)
-    assert [change.entry.fingerprint for change in told.changes] == [chunk.fingerprint for chunk in chunks_of(prompt(8))]
+    fingerprints, _ = unpack(told.changes)
+    assert fingerprints.tolist() == [chunk.fingerprint for chunk in chunks_of(prompt(8))]
 
 
 def test_a_gap_is_asked_for() -> None:
@@ -239,16 +250,86 @@ def test_a_gap_is_asked_for() -> None:
 def test_a_view_that_lags_or_differs_is_asked_for() -> None:
     solo = Solo()
     link = solo.join("a")
-    solo.say(link, status_of("a", sequence=0, entry_count=0, entry_sum=0))
-    assert len(solo.heard(link, InventoryRequest)) == 1
+    assert not solo.machine.is_view_complete()
+    solo.run(ASK_AGAIN_S)
     solo.say(link, status_of("a", sequence=2, entry_count=2, entry_sum=1))
+    assert solo.heard(link, InventoryRequest) == 2 * [InventoryRequest(generation=1, sequence=0)]
     solo.say(link, delta(1, 10, 20))
+    assert solo.machine.is_view_complete()
     solo.say(link, status_of("a", sequence=2, entry_count=3, entry_sum=1))
-    assert len(solo.heard(link, InventoryRequest)) == 3
+    assert solo.heard(link, InventoryRequest)[2:] == [InventoryRequest(generation=0, sequence=0)]
+    assert [each.instance for each in solo.effects(InventoryDoubted)] == ["a"]
+    assert not solo.machine.is_view_complete()
+    ranges = struct.pack("<QQ", 3, 7)
+    solo.say(link, InventoryDigest(generation=1, sequence=2, ranges=ranges))
+    assert solo.machine.inventory_of("a") == (), "a wrong view answers misses, not guesses"
+    assert solo.heard(link, RangeRequest) == [RangeRequest(generation=1, first=0, last=FINGERPRINT_MAX)]
+    solo.say(link, page_of(2, 10, 20, 30))
+    assert solo.machine.inventory_of("a") == (entry(10), entry(20), entry(30))
+    assert solo.machine.is_view_complete()
+
+
+def test_an_inventory_that_is_never_right_is_fetched_ever_more_seldom() -> None:
+    solo = Solo()
+    link = solo.join("a")
+    solo.say(link, delta(1, 10))
+    for _ in range(300):
+        solo.say(link, status_of("a", sequence=1, entry_count=2, entry_sum=1))
+        solo.say(link, InventoryDigest(generation=1, sequence=1, ranges=struct.pack("<QQ", 2, 1)))
+        solo.say(link, page_of(1, 10))
+        solo.run(1.0)
+    assert 7 <= len(solo.effects(InventoryDoubted)) <= 10, "after 1, 2, 4, ... 64, 64 s"
+
+
+def test_what_takes_more_memory_than_it_may_is_given_up_whole_and_said_to_be_missing() -> None:
+    solo = Solo(views_nbytes=100 * ROW_NBYTES)
+    a, b = solo.join("a"), solo.join("b")
+    solo.say(b, delta(1, *range(20)))
+    assert solo.machine.is_view_complete() is False, "nothing of a yet"
+    solo.say(a, delta(1, *range(60)))
+    assert solo.machine.is_view_complete()
+    solo.say(a, delta(61, *range(100, 160)))
+    assert [each.instance for each in solo.effects(InventoryDoubted)] == ["a"]
+    assert (len(solo.machine.inventory_of("a")), len(solo.machine.inventory_of("b"))) == (0, 20)
+    assert not solo.machine.is_view_complete()
+    solo.say(a, delta(121, 1))
     assert solo.machine.inventory_of("a") == ()
-    page = InventoryPage(generation=1, sequence=2, page_index=0, page_count=1, entries=(entry(10), entry(20), entry(30)))
-    solo.say(link, page)
-    assert len(solo.machine.inventory_of("a")) == 3
+    asked = len(solo.heard(a, InventoryRequest))
+    for _ in range(int(REST_S) + 1):
+        solo.say(a, status_of("a", sequence=121, entry_count=30, entry_sum=1))
+        solo.say(b, status_of("b", sequence=20, entry_count=20, entry_sum=0))
+        solo.run(1.0)
+    assert solo.heard(a, InventoryRequest)[asked:] != [], "there is room for it now"
+
+
+def test_who_asks_without_end_gets_its_turn_and_no_more() -> None:
+    solo = Solo()
+    one, other = solo.join("a"), solo.join("b")
+    solo.attach()
+    solo.store(prompt(8))
+    for _ in range(1000):
+        solo.say(one, InventoryRequest(generation=0, sequence=0))
+    solo.say(other, InventoryRequest(generation=0, sequence=0))
+    solo.run(0.01)
+    assert len(solo.heard(one, InventoryDigest)) == 2
+    assert len(solo.heard(other, InventoryDigest)) == 1
+
+
+def test_a_dead_members_inventory_is_out_of_sight_and_comes_back_with_it() -> None:
+    cluster = Cluster("a", "b")
+    cluster.store("a", prompt(8))
+    cluster.run(1.0)
+    held = (Held("a", CPU, 8),)
+    assert cluster.nodes["b"].machine.lookup(prompt(8), None, IDENTITY) == held
+    cluster.cut("a", "b")
+    cluster.run(5.0)
+    assert cluster.states("b")["a"] is MemberState.DEAD
+    assert cluster.nodes["b"].machine.lookup(prompt(8), None, IDENTITY) == ()
+    cluster.lose(InventoryDelta)
+    cluster.lose(InventoryPage)
+    cluster.mend()
+    cluster.run(30.0)
+    assert cluster.nodes["b"].machine.lookup(prompt(8), None, IDENTITY) == held, "nothing had to be sent"
 
 
 def test_a_request_is_answered_with_what_is_missing() -> None:
@@ -258,10 +339,15 @@ def test_a_request_is_answered_with_what_is_missing() -> None:
     solo.store(prompt(8))
     solo.say(link, InventoryRequest(generation=1, sequence=1))
     (told,) = solo.heard(link, InventoryDelta)
-    assert (told.first_sequence, len(told.changes)) == (2, 1)
+    assert (told.first_sequence, len(told.changes)) == (2, CHANGE_NBYTES)
+    solo.run(0.1)
     solo.say(link, InventoryRequest(generation=99, sequence=1))
+    solo.run(0.1)
+    (digest,) = solo.heard(link, InventoryDigest)
+    assert (digest.sequence, len(digest.ranges)) == (2, RANGE_NBYTES)
+    solo.say(link, RangeRequest(generation=1, first=0, last=FINGERPRINT_MAX))
     (page,) = solo.heard(link, InventoryPage)
-    assert len(page.entries) == 2
+    assert (page.sequence, len(page.entries)) == (2, 2 * CHANGE_NBYTES)
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------------

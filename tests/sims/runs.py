@@ -18,6 +18,7 @@ SEEDS = {
     "moves": 40,
     "peer_fetch": 20,
     "restarts": 8,
+    "short_log": 20,
     "silent": 8,
 }
 

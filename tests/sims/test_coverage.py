@@ -65,6 +65,7 @@ def test_ownership_ends_in_every_way(how: str) -> None:
         "move ended: leaving",
         "move ended: store_full",
         "move ended: transfer_failed",
+        "past the log",
         "owned after the source's end",
         "pin moved along",
         "pinned",

@@ -27,6 +27,7 @@ from p2pkv.core.records import (
     Reach,
     Selection,
 )
+from p2pkv.core.rows import InventoryEntry, pack
 from p2pkv.errors import ErrorCode, Failure, RemoteProtocolError
 from p2pkv.wire.codec import Codec, peer_codec
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
@@ -37,7 +38,7 @@ FAILURE = Failure(ErrorCode.STORE_FULL, "no room: größer")
 NAMESPACE = Namespace("tiny", "0", "float32", layers=4, planes=2, kv_heads=2, head_dim=64, chunk_size=256, world_size=1)
 CHUNK = Chunk(key=b"k" * 16, parent=b"p" * 16, namespace=b"n" * 16, start=256, tokens=b"\x01\0\0\0" * 5, shard_nbytes=(5120,))
 IDENTITY = Identity(cache_salt="salt", lora="adapter", media=(Media(offset=3, length=4, digest=b"\xff\x00"),))
-ENTRY = messages.InventoryEntry(fingerprint=2**64 - 1, location=Location.LOCAL_CPU, token_count=12)
+CHANGES = pack(InventoryEntry(2**64 - 1, Location.LOCAL_DISK, token_count=65536), present=False)
 MEMBER = MemberRecord(
     instance="a",
     generation=1_764_000_000_000,
@@ -89,8 +90,10 @@ EXAMPLES: tuple[messages.Message, ...] = (
     messages.Ping(0),
     messages.Pong(2**64 - 1),
     messages.InventoryRequest(generation=1, sequence=0),
-    messages.InventoryDelta(generation=1, first_sequence=1, changes=(messages.InventoryChange(True, ENTRY),)),
-    messages.InventoryPage(generation=1, sequence=4, page_index=0, page_count=1, entries=(ENTRY,)),
+    messages.InventoryDelta(generation=1, first_sequence=1, changes=CHANGES),
+    messages.InventoryDigest(generation=1, sequence=4, ranges=bytes(messages.RANGE_NBYTES)),
+    messages.RangeRequest(generation=1, first=0, last=2**64 - 1),
+    messages.InventoryPage(generation=1, sequence=4, first=0, last=2**64 - 1, entries=CHANGES),
     messages.PlanRequest(EVENT_ID, OLD, NEW, Operation.COPY, Selection.TOKENS, b"\x05\0\0\0", IDENTITY, model=None),
     messages.PlanAnswer(EVENT_ID, EVENT, None),
     messages.Offer(
