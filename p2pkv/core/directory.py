@@ -112,9 +112,9 @@ class Directory:
         going = np.arange(len(positions))
         for begin in range(0, len(prompt.full), SEGMENT_CHUNKS):
             held = self._held(prompt.full[begin : begin + SEGMENT_CHUNKS], positions[going])
-            counts = np.where(held.all(axis=1), held.shape[1], held.argmin(axis=1))
+            counts = np.where(held.all(axis=0), len(held), held.argmin(axis=0))
             full_counts[going] += counts
-            going = going[counts == held.shape[1]]
+            going = going[counts == len(held)]
             if not len(going):
                 break
         tokens = full_counts * prompt.chunk_size
@@ -123,12 +123,12 @@ class Directory:
                 here = np.flatnonzero(full_counts == full_count)
                 held = self._held([each for _, each in reversed(tail)], positions[here])
                 lengths = np.array([count for count, _ in reversed(tail)], np.int64)
-                tokens[here] += np.where(held.any(axis=1), lengths[held.argmax(axis=1)], 0)
+                tokens[here] += np.where(held.any(axis=0), lengths[held.argmax(axis=0)], 0)
         return tokens
 
     def _held(self, fingerprints: list[Fingerprint], positions: NDArray[np.intp]) -> NDArray[np.bool_]:
         holder_count = len(self._holders) + len(self._free)
-        return self.rows.held(np.array(fingerprints, np.uint64), holder_count)[positions]
+        return self.rows.held(np.array(fingerprints, np.uint64), holder_count)[:, positions]
 
 
 def prefixes_in(entries: EntrySet, instance: InstanceId, prompts: Sequence[PromptFingerprints]) -> list[Held]:

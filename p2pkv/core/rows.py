@@ -240,21 +240,26 @@ class Rows:
         return self._blocks[begin : int(self._starts.searchsorted(np.uint64(last), "right"))]
 
     def held(self, fingerprints: Fingerprints, holder_count: int) -> NDArray[np.bool_]:
-        """Who holds each of these chunks: a row for each position (`2 * holder + location`), a column for each chunk."""
-        table = np.zeros((2 * holder_count, len(fingerprints)), np.bool_)
+        """Who holds each of these chunks: a row for each chunk, a column for each position (`2 * holder + location`)."""
+        table = np.zeros((len(fingerprints), 2 * holder_count), np.bool_)
         order = np.argsort(fingerprints)
         ordered = fingerprints[order]
         for block, part in self._cut(ordered):
-            _mark(table, order[part], ordered[part], (block.fingerprints, block.tags))
+            cells, _ = _cells(table, order[part], ordered[part], (block.fingerprints, block.tags))
+            table.reshape(-1)[cells] = True
             if block.change_count:
-                _mark(table, order[part], ordered[part], block.tail())
+                cells, tags = _cells(table, order[part], ordered[part], block.tail())
+                table.reshape(-1)[cells] = ~are_gone(tags)
         return table
 
 
-def _mark(table: NDArray[np.bool_], columns: NDArray[np.intp], sought: Fingerprints, rows: tuple[Fingerprints, Tags]) -> None:
+def _cells(
+    table: NDArray[np.bool_], chunks: NDArray[np.intp], sought: Fingerprints, rows: tuple[Fingerprints, Tags]
+) -> tuple[NDArray[np.intp], Tags]:
+    """All rows of some chunks: which cells of the table they are about, and their tags."""
     fingerprints, tags = rows
-    begins, ends = fingerprints.searchsorted(sought), fingerprints.searchsorted(sought, "right")
-    counts = ends - begins
-    steps = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    found = tags[np.repeat(begins, counts) + steps]
-    table[found >> _POSITION_SHIFT, np.repeat(columns, counts)] = ~are_gone(found)
+    begins = fingerprints.searchsorted(sought)
+    counts = fingerprints.searchsorted(sought, "right") - begins
+    before = counts.cumsum() - counts
+    found = tags[np.arange(counts.sum()) + np.repeat(begins - before, counts)]
+    return np.repeat(chunks * table.shape[1], counts) + (found >> _POSITION_SHIFT), found

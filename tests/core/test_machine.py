@@ -39,7 +39,19 @@ from p2pkv.core.messages import (
 from p2pkv.core.moves.handover import TAKE_ANSWER_S
 from p2pkv.core.records import MemberState, Operation, Selection
 from p2pkv.core.rows import FINGERPRINT_MAX, ROW_NBYTES, pack, unpack
-from tests.core.builders import CPU, IDENTITY, LEASE_S, LEAVE_S, NAMESPACE, chunks_of, entry, event_id, member, prompt
+from tests.core.builders import (
+    CHUNK_SIZE,
+    CPU,
+    IDENTITY,
+    LEASE_S,
+    LEAVE_S,
+    NAMESPACE,
+    chunks_of,
+    entry,
+    event_id,
+    member,
+    prompt,
+)
 from tests.core.cluster import CLIENT, Cluster
 from tests.core.solo import ME, Solo
 
@@ -348,6 +360,19 @@ def test_a_request_is_answered_with_what_is_missing() -> None:
     solo.say(link, RangeRequest(generation=1, first=0, last=FINGERPRINT_MAX))
     (page,) = solo.heard(link, InventoryPage)
     assert (page.sequence, len(page.entries)) == (2, 2 * CHANGE_NBYTES)
+
+
+def test_who_joins_last_soon_knows_all_chunks_of_all_others() -> None:
+    names, chunk_count = ("a", "b", "c", "d"), 600
+    cluster = Cluster(*names, log_changes=50)
+    for index, name in enumerate(names):
+        cluster.store(name, prompt(CHUNK_SIZE * chunk_count, first=10**6 * index))
+    joined = cluster.boot("e")
+    cluster.run(2.0)
+    for name in names:
+        assert len(joined.machine.inventory_of(name)) == chunk_count
+        assert joined.machine.inventory_of(name) == cluster.nodes[name].machine.inventory_of(name)
+    assert joined.machine.is_view_complete()
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------------

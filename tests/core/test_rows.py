@@ -37,7 +37,7 @@ def check(found: Rows, twin: Twin) -> None:
     table = found.held(np.array(fingerprints, np.uint64), HOLDERS)
     for holder, (index, location) in product(range(HOLDERS), enumerate(Location)):
         held = {each for each in fingerprints if (holder, each, location) in twin}
-        assert {each for each, is_held in zip(fingerprints, table[2 * holder + index], strict=True) if is_held} == held
+        assert {each for each, is_held in zip(fingerprints, table[:, 2 * holder + index], strict=True) if is_held} == held
     for holder in range(HOLDERS):
         listed = {(each.fingerprint, each.location): each.token_count for each in entries_in(*found.of(holder))}
         assert listed == {key[1:]: tokens for key, tokens in twin.items() if key[0] == holder}
