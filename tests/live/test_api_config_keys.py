@@ -413,7 +413,7 @@ async def test_a_node_that_leaves_takes_no_longer_than_it_may(write: Write) -> N
 
 
 async def test_memory_that_an_engine_does_not_give_back_is_freed_at_the_leases_end(write: Write, runtime_dir: Path) -> None:
-    async with opened(write("a", "lease_s: 0.3")) as (a,):
+    async with opened(write("a", "lease_s: 1")) as (a,):
 
         async def is_lent() -> bool:
             return bool((await members(a))["a"]["locations"][CPU]["bytes"] > 0)
@@ -431,7 +431,7 @@ async def test_memory_that_an_engine_does_not_give_back_is_freed_at_the_leases_e
                     lent_at = trio.current_time()
             assert await is_lent()
             await until(is_freed)
-            assert 0.2 < trio.current_time() - lent_at < 2
+            assert trio.current_time() - lent_at > 0.9
 
 
 # --- the environment ------------------------------------------------------------------------------------------------------
