@@ -211,6 +211,7 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         leave_s=config.leave_s,
         peer_fetch=config.peer_fetch,
         wall_offset_s=time.time() - trio.current_time(),
+        timers_of=config.gossip.timers_of,
     )
     # Tickets come from this generator: a seeded one would give itself away in the ids of 312 events.
     machine = Machine(machine_config, secrets.SystemRandom(), trio.current_time())

@@ -106,8 +106,8 @@ class Promises:
                 self._dialed(instance, effect.address)
             case FetchChunks():
                 self.flights.fetch_begins(instance, effect.event_id, effect.chunks)
-            case MemberChanged():
-                self.flights.lost(instance, effect.member.instance)
+            case MemberChanged(member=member) if not member.state.is_living:
+                self.flights.lost(instance, member.instance)
             case EventChanged():
                 self.flights.told(instance, effect.event)
                 self._changed(instance, effect.event)

@@ -20,6 +20,7 @@ from random import Random
 from typing import assert_never
 
 from p2pkv.core.dials import Dials
+from p2pkv.core.effects import MemberChanged
 from p2pkv.core.health import LocalHealth
 from p2pkv.core.ids import Address, Incarnation, InstanceId
 from p2pkv.core.messages import (
@@ -121,7 +122,7 @@ class Liveness:
         member.incarnation = incarnation
         if member.suspicion is not None:
             member.suspicion = None
-            member.record = replace(member.record, state=MemberState.ALIVE)
+            self._set_state(member, MemberState.ALIVE)
 
     def stalled(self, lag_s: float) -> None:
         """This node itself was late by `lag_s`: nobody's time ran meanwhile."""
@@ -240,11 +241,16 @@ class Liveness:
         """`origin` doesn't hear a member that is held to live."""
         if member.suspicion is None:
             member.suspicion = Suspicion(origin, self.timers, now)
-            member.record = replace(member.record, state=MemberState.SUSPECT)
+            self._set_state(member, MemberState.SUSPECT)
             self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
         elif not member.suspicion.confirm(origin):
             return
         self._spread(replace(self._roster.word_of(member), origin=origin))
+
+    def _set_state(self, member: Member, state: MemberState) -> None:
+        if member.record.state is not state:
+            member.record = replace(member.record, state=state)
+            self._outbox.add(MemberChanged(member.record))
 
     def _silence_s(self) -> float:
         return self.health.factor * self.timers.silence_s

@@ -276,7 +276,7 @@ class Membership:
         for other in hello.members:
             self._learn(other, now)
         self.news.append(Joined(record.instance))
-        if is_news:
+        if was is not MemberState.ALIVE:
             self._outbox.add(MemberChanged(record))
         self._liveness.met(member, was=was)
 

@@ -146,6 +146,7 @@ WRONG = {
     "lease_s": ("-1", "greater than 0"),
     "peer_fetch": ("maybe", "valid boolean"),
     "zone": ("5", "valid string"),
+    "gossip": ("{probe_s: 1}", "unknown key"),
 }
 """For each key a wrong value, and what is said of it."""
 NOT_YET = {
@@ -154,7 +155,6 @@ NOT_YET = {
     "tls_key": "/key",
     "tls_ca": "/ca",
     "transfer_streams": "4",
-    "gossip": "{probe_s: 1}",
 }
 
 
