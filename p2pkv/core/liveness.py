@@ -177,8 +177,12 @@ class Liveness:
     def _ping(self, member: Member, nonce: Nonce) -> None:
         """Ask a member itself; a suspect hears of that first."""
         if member.suspicion is not None:
-            self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
+            self._warn(member)
         self._outbox.send(member.record.instance, Ping(nonce=nonce))
+
+    def _warn(self, member: Member) -> None:
+        """Tell a suspect what it has to refute."""
+        self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
 
     def _ask_others(self, probe: Probe, member: Member) -> None:
         if probe.asks_at == inf:
@@ -241,7 +245,7 @@ class Liveness:
         if member.suspicion is None:
             member.suspicion = Suspicion(origin, self.timers, now)
             member.record = replace(member.record, state=MemberState.SUSPECT)
-            self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
+            self._warn(member)
         elif not member.suspicion.confirm(origin):
             return
         self._spread(replace(self._roster.word_of(member), origin=origin))
