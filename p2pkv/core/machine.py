@@ -108,8 +108,8 @@ class Machine:
         return self._settle(now)
 
     def _is_report(self, event: Event) -> bool:
-        """A member's Status: it puts membership's deadlines off, if anything. With N members that is most of what comes in."""
-        if not isinstance(event, MessageReceived) or not isinstance(event.message, messages.Status):
+        """A member's Status or Ping: they put membership's deadlines off, if anything, and are most of what comes in."""
+        if not isinstance(event, MessageReceived) or not isinstance(event.message, messages.Status | messages.Ping):
             return False
         return self._membership.instance_of(event.link) is not None
 

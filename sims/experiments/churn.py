@@ -9,8 +9,8 @@ from sims.world import Node
 
 CALM_S = 5.0
 BLOW_EVERY_S = 1.0
-BACK_S = 10.0
-"""From a member's end until it is started again, as another boot."""
+BACK_S = 10.5
+"""From a member's end until it is started again, as another boot: between two blows, so that it has met whom it judges."""
 JUDGED_S = 8.0
 """After a blow, who of those that saw it knows: before it is undone."""
 

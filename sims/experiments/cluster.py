@@ -61,6 +61,7 @@ class Cluster(World):
         sent_nbytes: Their bytes, as the peers' codec has them, without the websocket's own.
         sightings: Whom any member came to think alive, dead or left, in order.
         on_handled: Whoever wants to look at machines after each event.
+        is_hasty: Who stood still does what was due meanwhile before it looks at what has come in, as no shell of ours does.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Cluster(World):
         self.sightings: list[Sighted] = []
         self.on_handled: OnHandled | None = None
         self._sightings_of: dict[tuple[InstanceId, Generation], list[Sighted]] = defaultdict(list)
+        self.is_hasty = False
         self._counted_from = 0.0
         self._last_message: Message | None = None
         self._last_nbytes = 0
@@ -186,6 +188,11 @@ class Cluster(World):
 
     def _check(self, _node: Node) -> None:
         return
+
+    def _go_on(self, node: Node) -> None:
+        if self.is_hasty and node.wake_at <= self.clock.now:
+            self._wake(node, node.wake_at)
+        super()._go_on(node)
 
     def _handle(self, node: Node, event: Event) -> None:
         sender = None

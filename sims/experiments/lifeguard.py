@@ -1,12 +1,13 @@
 """Slow members, as Lifeguard's authors had them: how often does anyone who is well get declared dead for it?
 
 Some members stand still again and again, for random times, and run in between for as short a time as it takes to send and hear
-a little: a host without enough processor time. Everything that comes meanwhile waits for them. Three cores run the same course:
+a little: a host without enough processor time. Everything that comes meanwhile waits for them. With the most of them, two
+other cores run the same course:
 
-    lifeguard: as it is.
-    without: Lifeguard switched off, by timers and mutants: no health score (`health_max` 0), no suspicion that is shortened by
-        confirmations, but at once the shortest (`confirmations` 0), no word to the suspect first (buddies).
-    plain SWIM: also without what is ours: a late node holds others' silence against them, and declares dead whom it hears.
+    without Lifeguard: no health score (`health_max` 0), every suspicion lasts the shortest time (`confirmations` 0), and no
+        suspect hears of it first (`_warn` does nothing).
+    plain SWIM: also without what is ours for the same purpose. Who was late holds that against the others, fires timers before
+        it looks at what has come in, and declares dead whom it hears.
 
 Source: Lifeguard (Dadgar, Phillips, Currey), section V. There members stood still for fixed times D and ran for fixed times I,
 a grid of both; here each draws its own, over the same range.
@@ -23,7 +24,7 @@ from p2pkv.core.ids import InstanceId
 from p2pkv.core.liveness import Liveness
 from p2pkv.core.membership import Membership
 from p2pkv.core.peers import Member
-from p2pkv.core.timers import Timers, TimersOf, lan
+from p2pkv.core.timers import Timers, lan
 from sims.experiments.cluster import Cluster
 from sims.experiments.figures import Figure, Findings
 from sims.mutant import Method, replaced
@@ -75,61 +76,53 @@ def no_lifeguard(n: int) -> Timers:
 
 
 @contextmanager
-def as_it_is() -> Iterator[TimersOf]:
-    """Lifeguard, and what is ours."""
-    yield lan
-
-
-@contextmanager
-def without_lifeguard() -> Iterator[TimersOf]:
-    """No health score, no longer suspicion of few, no word to the suspect."""
+def without_lifeguard() -> Iterator[None]:
+    """Beside `no_lifeguard`: no word to the suspect."""
     with replaced(Liveness, "_warn", warns_no_suspect):
-        yield no_lifeguard
+        yield
 
 
 @contextmanager
-def plain_swim() -> Iterator[TimersOf]:
-    """Nor what is ours."""
+def plain_swim() -> Iterator[None]:
+    """Beside `no_lifeguard` and a hasty cluster: nor anything of ours."""
     with ExitStack() as stack:
-        timers_of = stack.enter_context(without_lifeguard())
+        stack.enter_context(without_lifeguard())
         stack.enter_context(replaced(Membership, "stalled", blames_others))
         stack.enter_context(replaced(Liveness, "_is_heard", disbelieves_its_ears))
-        yield timers_of
+        yield
 
 
 # --- the course -----------------------------------------------------------------------------------------------------------
 
 
 def lifeguard(seed: int, nodes: int, seconds: float) -> Findings:
-    """Run all three through the same course, with ever more slow members."""
+    """Run the course with ever more slow members, and at last with the other cores."""
     found = Findings("lifeguard", nodes, seed)
-    for slow in [each for each in SLOW if each < nodes // 2]:
-        with as_it_is() as timers_of:
-            ours = false_deaths(f"{seed}:{slow}", nodes, slow, seconds, timers_of)
-        with without_lifeguard() as timers_of:
-            bare = false_deaths(f"{seed}:{slow}", nodes, slow, seconds, timers_of)
-        with plain_swim() as timers_of:
-            plain = false_deaths(f"{seed}:{slow}", nodes, slow, seconds, timers_of)
-        name = f"{slow} slow: well ones declared dead"
-        found.figures += [
-            Figure(name, ours, at_most=0.0 if slow <= FEW else None),
-            Figure(f"{name}, without Lifeguard", bare),
-            Figure(f"{name}, plain SWIM", plain),
-        ]
-        if slow == max(SLOW):
-            found.figures += [
-                Figure(f"{slow} slow: times fewer than without", bare / max(1, ours), at_least=TIMES_FEWER),
-                Figure(f"{slow} slow: times fewer than plain SWIM", plain / max(1, ours)),
-            ]
+    counts = [each for each in SLOW if each < nodes // 2]
+    ours = 0
+    for slow in counts:
+        ours = false_deaths(Cluster(f"{seed}:{slow}", nodes), slow, seconds)
+        found.figures.append(Figure(f"{slow} slow: well ones declared dead", ours, at_most=0.0 if slow <= FEW else None))
+    slow = counts[-1]
+    with without_lifeguard():
+        bare = false_deaths(Cluster(f"{seed}:{slow}", nodes, timers_of=no_lifeguard), slow, seconds)
+    with plain_swim():
+        hasty = Cluster(f"{seed}:{slow}", nodes, timers_of=no_lifeguard)
+        hasty.is_hasty = True
+        plain = false_deaths(hasty, slow, seconds)
+    found.figures += [
+        Figure(f"{slow} slow: the same, without Lifeguard", bare),
+        Figure(f"{slow} slow: the same, plain SWIM", plain),
+        Figure(f"{slow} slow: times fewer than plain SWIM", plain / max(1, ours), at_least=TIMES_FEWER),
+    ]
     return found
 
 
-def false_deaths(seed: str, nodes: int, slow: int, seconds: float, timers_of: TimersOf) -> int:
-    """How often anyone declared a member dead that is well, while some are slow."""
-    cluster = Cluster(seed, nodes, timers_of=timers_of)
+def false_deaths(cluster: Cluster, slow: int, seconds: float) -> int:
+    """How often anyone declared a member dead that is well, while so many are slow."""
     cluster.join()
     cluster.run(CALM_S)
-    rng = Random(f"{seed}:slow")
+    rng = Random(f"{cluster.seed}:slow")
     slow_ones = rng.sample(list(cluster.nodes), slow)
     until = cluster.clock.now + seconds
     for name in slow_ones:
