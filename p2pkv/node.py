@@ -55,6 +55,7 @@ from p2pkv.rendezvous import (
     user_folder,
 )
 from p2pkv.store.cpu import CpuStore
+from p2pkv.store.prefaulted import PrefaultedMemory
 from p2pkv.wire.limits import MIB
 from p2pkv.wire.proof import Who
 
@@ -128,6 +129,7 @@ async def open_node(config: NodeConfig, environ: Mapping[str, str] = os.environ)
         async with trio.open_nursery() as nursery:
             await nursery.start(parts.driver.run)
             nursery.start_soon(_cancel_when_refused, parts.driver, nursery.cancel_scope)
+            nursery.start_soon(_keep_memory_ready, parts.prefaulted)
             await _open_doors(parts, nursery)
             nursery.start_soon(keep_joining, parts.driver, partial(_find_others, parts, directory))
             node = Node(config, ports.addresses, parts.driver)
@@ -149,6 +151,13 @@ async def _cancel_when_refused(driver: Driver, scope: trio.CancelScope) -> None:
         scope.cancel()
 
 
+async def _keep_memory_ready(prefaulted: PrefaultedMemory) -> None:
+    try:
+        await prefaulted.keep_ready()
+    except OSError as error:
+        _log.warning("no more memory is faulted in ahead, so transfers over TCP take longer", reason=str(error))
+
+
 # --- parts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +169,7 @@ class _Parts:
     place: Place
     ports: "_Ports"
     store: CpuStore
+    prefaulted: PrefaultedMemory
     links: PeerLinks
     driver: Driver
     control: ControlDoor
@@ -214,7 +224,8 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
     )
     # Tickets come from this generator: a seeded one would give itself away in the ids of 312 events.
     machine = Machine(machine_config, secrets.SystemRandom(), trio.current_time())
-    store, links = CpuStore(), PeerLinks(security.prover, security.dial_rules)
+    prefaulted = PrefaultedMemory(config.prefaulted_limit_nbytes)
+    store, links = CpuStore(prefaulted), PeerLinks(security.prover, security.dial_rules)
     fetcher = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=TcpFetcher(store, security.dial_rules))
     driver = Driver(machine, memory=store, links=links, fetcher=fetcher)
     return _Parts(
@@ -222,6 +233,7 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         place=place,
         ports=ports,
         store=store,
+        prefaulted=prefaulted,
         links=links,
         driver=driver,
         control=ControlDoor(driver, security.guard),

@@ -7,11 +7,13 @@ was outside this process is closed, never used again: somebody may still map it.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from mmap import mmap
 
 from p2pkv.core.ids import StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.errors import ForeignMemoryError, SealRefusedError
 from p2pkv.store import memory
+from p2pkv.store.prefaulted import PrefaultedMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,15 @@ class StoreStatistics:
         resident_nbytes: Their memory, in whole pages.
         staged_count: Chunks of which at least one shard is staged.
         staged_nbytes: Memory of the staged shards, in whole pages.
-        descriptor_count: Open descriptors, one a shard.
+        prefaulted_nbytes: Memory that is kept ready for shards to come, in whole pages.
+        descriptor_count: Open descriptors: one a shard, and those of what is kept ready.
     """
 
     resident_count: int
     resident_nbytes: int
     staged_count: int
     staged_nbytes: int
+    prefaulted_nbytes: int
     descriptor_count: int
 
 
@@ -61,14 +65,19 @@ _Shards = dict[int, Shard]
 
 
 class CpuStore:
-    """Memfds by chunk key and worker. Every call is short and belongs on the event loop; nothing here waits."""
+    """Memfds by chunk key and worker. Every call is short and belongs on the event loop; nothing here waits.
 
-    def __init__(self) -> None:
+    Args:
+        prefaulted: Where lanes' memory comes from while there is some; closed with the store.
+    """
+
+    def __init__(self, prefaulted: PrefaultedMemory | None = None) -> None:
+        self._prefaulted = prefaulted or PrefaultedMemory(0)
         self._staged: dict[tuple[StageId, ChunkKey], _Shards] = {}
         self._resident: dict[ChunkKey, _Shards] = {}
 
     def lend(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> int:
-        """Stage fresh memory for an engine or a lane to write.
+        """Stage fresh memory for an engine to write.
 
         Returns:
             Its descriptor, which stays the store's. Whoever gets it may write until `seal`.
@@ -76,6 +85,18 @@ class CpuStore:
         descriptor = memory.create(nbytes)
         self._stage(stage, key, worker, Shard(descriptor, nbytes, is_sealed=False))
         return descriptor
+
+    def lend_warm(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> tuple[int, mmap | None]:
+        """Stage memory for a lane to write: faulted in ahead if there is such, else fresh.
+
+        Returns:
+            Its descriptor, as from `lend`; and where it was faulted in, its map, the caller's, who closes it before `seal`.
+        """
+        warm = self._prefaulted.take(nbytes)
+        if warm is None:
+            return self.lend(stage, key, worker, nbytes), None
+        self._stage(stage, key, worker, Shard(warm.descriptor, nbytes, is_sealed=False))
+        return warm.descriptor, warm.map
 
     def seal(self, stage: StageId, key: ChunkKey, worker: int, checksum: bytes | None = None) -> None:
         """Make a lent shard read-only for good. It stays staged, refused or not, until it is admitted or dropped.
@@ -154,7 +175,8 @@ class CpuStore:
             resident_nbytes=sum(shard.charged_nbytes for shard in resident),
             staged_count=len(self._staged),
             staged_nbytes=sum(shard.charged_nbytes for shard in staged),
-            descriptor_count=len(resident) + len(staged),
+            prefaulted_nbytes=self._prefaulted.nbytes,
+            descriptor_count=len(resident) + len(staged) + self._prefaulted.descriptor_count,
         )
 
     def close(self) -> None:
@@ -163,6 +185,7 @@ class CpuStore:
             _close(shards)
         self._staged.clear()
         self._resident.clear()
+        self._prefaulted.close()
 
     def _stage(self, stage: StageId, key: ChunkKey, worker: int, shard: Shard) -> None:
         shards = self._staged.setdefault((stage, key), {})
