@@ -8,6 +8,7 @@ All but the faulting itself happens on the event loop, so nothing here needs a l
 """
 
 import ctypes
+import math
 import mmap
 import os
 from collections import Counter, deque
@@ -24,6 +25,9 @@ COUNT_MAX = 64
 """Pieces of memory that are kept at most, two descriptors each: the map has one of its own."""
 STRIDE_NBYTES = 2**20
 """Faulted in by one call. For its 0.8 ms nobody else can map or unmap anything; and so soon a filling ends when cancelled."""
+QUIET_S = 0.1
+"""Nothing is faulted in until so long after the last take: a lane that receives shard after shard needs the processors, and
+takes one every 10 to 30 ms."""
 
 _MADV_POPULATE_WRITE = 23
 """`linux/mman.h`; `mmap` lacks it. Kernels before 5.14 do too, and refuse it."""
@@ -81,6 +85,7 @@ class PrefaultedMemory:
         self._limit_nbytes = limit_nbytes
         self._taken_nbytes: deque[int] = deque(maxlen=COUNT_MAX)
         self._ready: deque[WarmMemory] = deque()  # oldest first
+        self._taken_at = -math.inf
         self._was_taken = trio.Event()
         self._one_thread = trio.CapacityLimiter(1)
 
@@ -103,6 +108,7 @@ class PrefaultedMemory:
         if not LEAST_NBYTES <= nbytes <= self._limit_nbytes:
             return None
         self._taken_nbytes.append(nbytes)
+        self._taken_at = trio.current_time()
         self._was_taken.set()
         for each in self._ready:
             if len(each.map) == nbytes:
@@ -147,11 +153,16 @@ class PrefaultedMemory:
             wanted[nbytes] += 1
         return wanted
 
+    async def _wait_until_quiet(self) -> None:
+        while (quiet_at := self._taken_at + QUIET_S) > trio.current_time():
+            await trio.sleep_until(quiet_at)
+
     async def _make_ready(self, nbytes: int) -> None:
         with ExitStack() as stack:
             made = WarmMemory.create(nbytes)
             stack.callback(made.close)
             for start in range(0, nbytes, STRIDE_NBYTES):
+                await self._wait_until_quiet()
                 await trio.to_thread.run_sync(made.fault_in, start, limiter=self._one_thread)
             self._ready.append(made)
             stack.pop_all()
