@@ -154,7 +154,7 @@ class PrefaultedMemory:
         return wanted
 
     async def _wait_until_quiet(self) -> None:
-        while (quiet_at := self._taken_at + QUIET_S) > trio.current_time():
+        while (quiet_at := self._taken_at + QUIET_S) > trio.current_time():  # noqa: ASYNC110 - a time, which takes put off
             await trio.sleep_until(quiet_at)
 
     async def _make_ready(self, nbytes: int) -> None:
