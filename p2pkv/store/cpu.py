@@ -5,7 +5,7 @@ was outside this process is closed, never used again: somebody may still map it.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from mmap import mmap
 
@@ -69,10 +69,12 @@ class CpuStore:
 
     Args:
         prefaulted: Where lanes' memory comes from while there is some; closed with the store.
+        close: Closes a descriptor that isn't needed any more, at once or soon.
     """
 
-    def __init__(self, prefaulted: PrefaultedMemory | None = None) -> None:
+    def __init__(self, prefaulted: PrefaultedMemory | None = None, close: Callable[[int], None] = os.close) -> None:
         self._prefaulted = prefaulted or PrefaultedMemory(0)
+        self._close_descriptor = close
         self._staged: dict[tuple[StageId, ChunkKey], _Shards] = {}
         self._resident: dict[ChunkKey, _Shards] = {}
 
@@ -141,21 +143,21 @@ class CpuStore:
         """Make a staged chunk resident. All its shards are sealed; a resident chunk of the same key is closed."""
         shards = self._staged[stage, key]
         assert all(shard.is_sealed for shard in shards.values()), f"chunk {key.hex()} is not sealed"
-        _close(self._resident.pop(key, {}))
+        self._close(self._resident.pop(key, {}))
         self._resident[key] = self._staged.pop((stage, key))
 
     def drop(self, stage: StageId, key: ChunkKey, worker: int | None = None) -> None:
         """Close a staged chunk, or only one worker's shard. What isn't staged (any more) needs no dropping."""
         shards = self._staged.get((stage, key), {})
         workers = list(shards) if worker is None else [worker]
-        _close({each: shards.pop(each) for each in workers if each in shards})
+        self._close({each: shards.pop(each) for each in workers if each in shards})
         if not shards:
             self._staged.pop((stage, key), None)
 
     def release(self, keys: Iterable[ChunkKey]) -> None:
         """Close resident chunks. Who maps them keeps their memory alive until he unmaps it."""
         for key in keys:
-            _close(self._resident.pop(key))
+            self._close(self._resident.pop(key))
 
     def shards(self, key: ChunkKey) -> tuple[Shard, ...]:
         """A resident chunk's shards, in order of workers; their descriptors stay the store's."""
@@ -182,7 +184,7 @@ class CpuStore:
     def close(self) -> None:
         """Close everything."""
         for shards in (*self._staged.values(), *self._resident.values()):
-            _close(shards)
+            self._close(shards)
         self._staged.clear()
         self._resident.clear()
         self._prefaulted.close()
@@ -190,14 +192,13 @@ class CpuStore:
     def _stage(self, stage: StageId, key: ChunkKey, worker: int, shard: Shard) -> None:
         shards = self._staged.setdefault((stage, key), {})
         if worker in shards:
-            os.close(shards[worker].descriptor)
+            self._close_descriptor(shards[worker].descriptor)
         shards[worker] = shard
+
+    def _close(self, shards: _Shards) -> None:
+        for shard in shards.values():
+            self._close_descriptor(shard.descriptor)
 
 
 def _each(chunks: Iterable[_Shards]) -> Iterator[Shard]:
     return (shard for shards in chunks for shard in shards.values())
-
-
-def _close(shards: _Shards) -> None:
-    for shard in shards.values():
-        os.close(shard.descriptor)
