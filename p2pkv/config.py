@@ -160,6 +160,8 @@ class NodeConfig(BaseModel):
         chunk_size: Tokens in a full chunk; the same in all instances that exchange chunks.
         local_cpu: False: it has no LocalCPUBackend, and as that is the one location of this version, stores nothing.
         max_local_cpu_size: Hard limit of LocalCPUBackend in GiB, for all of the instance's workers together.
+        max_prefaulted_size: Limit in GiB, beside `max_local_cpu_size`, of memory that is faulted in ahead for what comes over
+            TCP; 0 for none.
         max_local_disk_size: LMCache's limit of a disk location in GiB; without effect, as there is none.
         cache_policy: Which chunks go first when a location is full.
         cache_epoch: Raise it when weights change under the same name: chunks of different epochs never mix.
@@ -198,6 +200,7 @@ class NodeConfig(BaseModel):
     chunk_size: Annotated[int, BeforeValidator(number), Field(ge=1, le=65536)] = 256
     local_cpu: bool = True
     max_local_cpu_size: Gibibytes = 5.0
+    max_prefaulted_size: Annotated[float, BeforeValidator(_number), Field(ge=0, le=2**20, allow_inf_nan=False)] = 0.25
     local_disk: Annotated[object, _not_yet(None, False)] = None
     max_local_disk_size: Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)] = 0.0
     cache_policy: Literal["LRU"] = "LRU"
@@ -297,3 +300,8 @@ class NodeConfig(BaseModel):
     def cpu_limit_nbytes(self) -> int:
         """Limit of LocalCPUBackend, in bytes; 0 when there is none."""
         return int(self.max_local_cpu_size * GIB) if self.local_cpu else 0
+
+    @property
+    def prefaulted_limit_nbytes(self) -> int:
+        """Limit of the memory that is faulted in ahead, in bytes."""
+        return int(self.max_prefaulted_size * GIB) if self.local_cpu else 0

@@ -123,6 +123,7 @@ WRONG = {
     "chunk_size": ("0", "greater than or equal to 1"),
     "local_cpu": ("maybe", "valid boolean"),
     "max_local_cpu_size": ("-1", "greater than 0"),
+    "max_prefaulted_size": ("-1", "greater than or equal to 0"),
     "max_local_disk_size": ("-1", "greater than or equal to 0"),
     "cache_policy": ("FIFO", "'LRU'"),
     "cache_epoch": ("-1", "greater than or equal to 0"),
@@ -192,6 +193,11 @@ def test_what_this_version_does_not_have_yet_is_refused_by_key(write: Write) -> 
     assert (code, printed) == (2, "")
     for key in NOT_YET:
         assert f"{key}: this version doesn't have it yet; leave it out" in told
+
+
+@pytest.mark.parametrize(("lines", "limit_gib"), [((), 0.25), (("max_prefaulted_size: 0",), 0), (("local_cpu: false",), 0)])
+def test_memory_is_faulted_in_ahead_unless_it_is_switched_off(write: Write, lines: tuple[str, ...], limit_gib: float) -> None:
+    assert NodeConfig.from_yaml(write("a", *lines), {}).prefaulted_limit_nbytes == limit_gib * 2**30
 
 
 async def test_what_these_keys_have_as_their_default_may_be_written(write: Write) -> None:
