@@ -200,7 +200,7 @@ class NodeConfig(BaseModel):
     chunk_size: Annotated[int, BeforeValidator(number), Field(ge=1, le=65536)] = 256
     local_cpu: bool = True
     max_local_cpu_size: Gibibytes = 5.0
-    max_prefaulted_size: Annotated[float, BeforeValidator(_number), Field(ge=0, le=2**20, allow_inf_nan=False)] = 0.25
+    max_prefaulted_size: Annotated[float, BeforeValidator(number), Field(ge=0, le=2**20, allow_inf_nan=False)] = 0.25
     local_disk: Annotated[object, _not_yet(None, False)] = None
     max_local_disk_size: Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)] = 0.0
     cache_policy: Literal["LRU"] = "LRU"
