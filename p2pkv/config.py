@@ -13,9 +13,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo
 
-from p2pkv.config_layers import Layers, items, read_yaml, variables
+from p2pkv.config_layers import Layers, items, mapping, number, read_yaml, variables
 from p2pkv.core.ids import Address, is_instance_id
 from p2pkv.errors import ConfigError
+from p2pkv.gossip_config import GossipConfig
 from p2pkv.lmcache_keys import LMCACHE_KEYS
 
 GIB = 2**30
@@ -57,12 +58,6 @@ def parse_address(text: str) -> Address:
 
 def _address(value: object) -> Address:
     return value if isinstance(value, Address) else parse_address(str(value))
-
-
-def _number(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, not {value}")
-    return value
 
 
 def _name(value: str) -> str:
@@ -149,9 +144,9 @@ Host = Annotated[str, AfterValidator(_host)]
 HostAddress = Annotated[Address, BeforeValidator(_address), AfterValidator(_host_of)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
-Port = Annotated[int, BeforeValidator(_number), Field(ge=1, le=65535)]
-Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=86400, allow_inf_nan=False)]
-Gibibytes = Annotated[float, BeforeValidator(_number), Field(gt=0, le=2**20, allow_inf_nan=False)]
+Port = Annotated[int, BeforeValidator(number), Field(ge=1, le=65535)]
+Seconds = Annotated[float, BeforeValidator(number), Field(gt=0, le=86400, allow_inf_nan=False)]
+Gibibytes = Annotated[float, BeforeValidator(number), Field(gt=0, le=2**20, allow_inf_nan=False)]
 
 
 class NodeConfig(BaseModel):
@@ -165,6 +160,8 @@ class NodeConfig(BaseModel):
         chunk_size: Tokens in a full chunk; the same in all instances that exchange chunks.
         local_cpu: False: it has no LocalCPUBackend, and as that is the one location of this version, stores nothing.
         max_local_cpu_size: Hard limit of LocalCPUBackend in GiB, for all of the instance's workers together.
+        max_prefaulted_size: Limit in GiB, beside `max_local_cpu_size`, of memory that is faulted in ahead for what comes over
+            TCP; 0 for none.
         max_local_disk_size: LMCache's limit of a disk location in GiB; without effect, as there is none.
         cache_policy: Which chunks go first when a location is full.
         cache_epoch: Raise it when weights change under the same name: chunks of different epochs never mix.
@@ -188,6 +185,7 @@ class NodeConfig(BaseModel):
         lease_s: A lease that isn't renewed ends by then, seconds.
         peer_fetch: True: what an engine looks up and isn't held here is fetched from a peer that holds it.
         zone: Where the instance stands, in the operator's words.
+        gossip: How membership's timers differ from those of nodes near each other.
         warnings: No key: sentences about keys that were given and have no effect, to be logged at the start.
 
     The others are known and refused until this version has what they ask for.
@@ -199,17 +197,18 @@ class NodeConfig(BaseModel):
     cluster_key_file: Annotated[Path | None, AfterValidator(_one_key)] = None
     insecure_network: bool = False
     lmcache_instance_id: Name
-    chunk_size: Annotated[int, BeforeValidator(_number), Field(ge=1, le=65536)] = 256
+    chunk_size: Annotated[int, BeforeValidator(number), Field(ge=1, le=65536)] = 256
     local_cpu: bool = True
     max_local_cpu_size: Gibibytes = 5.0
+    max_prefaulted_size: Annotated[float, BeforeValidator(number), Field(ge=0, le=2**20, allow_inf_nan=False)] = 0.25
     local_disk: Annotated[object, _not_yet(None, False)] = None
-    max_local_disk_size: Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_local_disk_size: Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)] = 0.0
     cache_policy: Literal["LRU"] = "LRU"
-    cache_epoch: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63)] = 0
+    cache_epoch: Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**63)] = 0
     enable_controller: bool = True
     controller_url: HostAddress | None = None
     controller_http_url: HostAddress = Address("localhost", 9000)
-    lmcache_worker_port: Annotated[int, BeforeValidator(_number), Field(ge=0, le=65535)]
+    lmcache_worker_port: Annotated[int, BeforeValidator(number), Field(ge=0, le=65535)]
     http_port: Port | None = None
     cluster: Name = "p2pkv"
     contacts: Annotated[tuple[HostAddress, ...], BeforeValidator(items), Field(max_length=256)] = ()
@@ -223,14 +222,14 @@ class NodeConfig(BaseModel):
     tls_ca: Annotated[object, _not_yet(None)] = None
     same_host_handoff: bool = True
     transfer_streams: Annotated[object, _not_yet("auto", 1, "1")] = "auto"
-    transfer_rate_limit: Annotated[float, BeforeValidator(_number), Field(ge=1, allow_inf_nan=False)] | None = None
+    transfer_rate_limit: Annotated[float, BeforeValidator(number), Field(ge=1, allow_inf_nan=False)] | None = None
     leave_s: Seconds = 2.0
     allowed_peer_networks: Annotated[tuple[Network, ...] | None, BeforeValidator(items), Field(max_length=256)] = None
     move_deadline_s: Seconds = 600.0
     lease_s: Seconds = 30.0
     peer_fetch: bool = False
     zone: Annotated[str, Field(max_length=512)] = ""
-    gossip: Annotated[object, _not_yet(None)] = None
+    gossip: Annotated[GossipConfig, BeforeValidator(mapping)] = GossipConfig()
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -301,3 +300,8 @@ class NodeConfig(BaseModel):
     def cpu_limit_nbytes(self) -> int:
         """Limit of LocalCPUBackend, in bytes; 0 when there is none."""
         return int(self.max_local_cpu_size * GIB) if self.local_cpu else 0
+
+    @property
+    def prefaulted_limit_nbytes(self) -> int:
+        """Limit of the memory that is faulted in ahead, in bytes."""
+        return int(self.max_prefaulted_size * GIB) if self.local_cpu else 0

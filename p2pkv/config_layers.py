@@ -18,6 +18,23 @@ def items(value: object) -> object:
     return tuple(part.strip() for part in value.strip("[] ").split(",")) if isinstance(value, str) else value
 
 
+def number(value: object) -> object:
+    """Not `true`, which Python would take for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {value}")
+    return value
+
+
+def mapping(value: object) -> object:
+    """A mapping as an environment variable has it: `{key: value}`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, _UniqueKeyLoader)  # noqa: S506  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError("must be a mapping, as {preset: wan}") from error
+
+
 class Layers:
     """Values put over each other, the later the stronger, and what is wrong with their keys."""
 
@@ -56,6 +73,8 @@ class Layers:
             name = "".join([self._origins.get(str(field), str(field)), *(f"[{part}]" for part in place)])
             if found["type"] == "missing":
                 text = "is required"
+            elif found["type"] == "extra_forbidden":
+                text = "unknown key"
             elif found["type"] == "value_error":
                 text = str(found["ctx"]["error"])
             else:

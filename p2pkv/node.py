@@ -54,7 +54,9 @@ from p2pkv.rendezvous import (
     runtime_directory,
     user_folder,
 )
+from p2pkv.store.closing import ClosingThread
 from p2pkv.store.cpu import CpuStore
+from p2pkv.store.prefaulted import PrefaultedMemory
 from p2pkv.wire.limits import MIB
 from p2pkv.wire.proof import Who
 
@@ -124,10 +126,13 @@ async def open_node(config: NodeConfig, environ: Mapping[str, str] = os.environ)
         ports = await _open_ports(config, stack, partial(_sibling_sockets, place, directory))
         generation = max(time.time_ns() // 1_000_000, last.generation + 1 if last else 0)
         parts = _assemble(config, place, ports, generation, await _secure(config, ports, generation, environ))
+        stack.callback(parts.closing.close_waiting)
         stack.callback(parts.store.close)
         async with trio.open_nursery() as nursery:
             await nursery.start(parts.driver.run)
             nursery.start_soon(_cancel_when_refused, parts.driver, nursery.cancel_scope)
+            nursery.start_soon(_keep_memory_ready, parts.prefaulted)
+            nursery.start_soon(parts.closing.keep_closing)
             await _open_doors(parts, nursery)
             nursery.start_soon(keep_joining, parts.driver, partial(_find_others, parts, directory))
             node = Node(config, ports.addresses, parts.driver)
@@ -149,6 +154,13 @@ async def _cancel_when_refused(driver: Driver, scope: trio.CancelScope) -> None:
         scope.cancel()
 
 
+async def _keep_memory_ready(prefaulted: PrefaultedMemory) -> None:
+    try:
+        await prefaulted.keep_ready()
+    except OSError as error:
+        _log.warning("no more memory is faulted in ahead, so transfers over TCP take longer", reason=str(error))
+
+
 # --- parts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +172,8 @@ class _Parts:
     place: Place
     ports: "_Ports"
     store: CpuStore
+    prefaulted: PrefaultedMemory
+    closing: ClosingThread
     links: PeerLinks
     driver: Driver
     control: ControlDoor
@@ -211,10 +225,12 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         leave_s=config.leave_s,
         peer_fetch=config.peer_fetch,
         wall_offset_s=time.time() - trio.current_time(),
+        timers_of=config.gossip.timers_of,
     )
     # Tickets come from this generator: a seeded one would give itself away in the ids of 312 events.
     machine = Machine(machine_config, secrets.SystemRandom(), trio.current_time())
-    store, links = CpuStore(), PeerLinks(security.prover, security.dial_rules)
+    prefaulted, closing = PrefaultedMemory(config.prefaulted_limit_nbytes), ClosingThread()
+    store, links = CpuStore(prefaulted, closing.close_soon), PeerLinks(security.prover, security.dial_rules)
     fetcher = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=TcpFetcher(store, security.dial_rules))
     driver = Driver(machine, memory=store, links=links, fetcher=fetcher)
     return _Parts(
@@ -222,6 +238,8 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         place=place,
         ports=ports,
         store=store,
+        prefaulted=prefaulted,
+        closing=closing,
         links=links,
         driver=driver,
         control=ControlDoor(driver, security.guard),

@@ -1,6 +1,6 @@
-"""`python -m sims`: run scenarios over many seeds, or tell the story of one.
+"""`python -m sims`: run scenarios over many seeds, tell the story of one, or make an experiment's figures.
 
-Exit codes: 0 every promise was kept, 1 something broke, 2 wrong usage.
+Exit codes: 0 every promise was kept and every target reached, 1 something broke or missed its target, 2 wrong usage.
 """
 
 from contextlib import nullcontext
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from sims import report
 from sims.batch import Totals, run_batch
+from sims.experiments import figures
+from sims.experiments.catalogue import EXPERIMENTS, NODES_MAX, NODES_MIN
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
 from sims.run import run_seed
@@ -26,23 +28,33 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A scenario; left out: list them.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="A scenario or experiment; left out: list them.", show_default=False)
     ] = None,
     *,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 100,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Only this one: show all it led to, or the story of what broke.")
+        int | None,
+        typer.Option(min=0, help="Only this one: show all it led to, or the story of what broke. An experiment has one, 0."),
     ] = None,
     mutant: Annotated[
         str | None, typer.Option(metavar="MUTANT", help="Run with a core that breaks a rule; see the list.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many at once.")] = cpu_count() or 1,
+    nodes: Annotated[
+        int | None, typer.Option(min=NODES_MIN, max=NODES_MAX, help="How many members an experiment has.", show_default=False)
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=5, help="How long an experiment lasts, in virtual time.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Run a scenario over many seeds, every promise checked after every event."""
+    """Run a scenario over many seeds, every promise checked after every event; or make an experiment's figures."""
     if name is None:
         list_all()
+        return
+    if name in EXPERIMENTS:
+        make_figures(name, seed or 0, nodes, seconds, as_json=as_json)
         return
     try:
         scenario = load_scenario(name)
@@ -76,7 +88,21 @@ def list_all() -> None:
     mutants = Table("mutant", "rule", "what it does wrong", title="./dev sim NAME --mutant MUTANT", title_justify="left")
     for name, mutant in MUTANTS.items():
         mutants.add_row(name, mutant.rule, mutant.description)
-    console.print(scenarios, mutants)
+    experiments = Table("experiment", "what is measured", title="./dev sim NAME", title_justify="left")
+    for name, experiment in EXPERIMENTS.items():
+        experiments.add_row(name, experiment.description)
+    console.print(scenarios, experiments, mutants)
+
+
+def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None, *, as_json: bool) -> None:
+    """Run an experiment and print its figures; exit with 1 if one misses its target."""
+    findings = EXPERIMENTS[name].run(seed, nodes, seconds)
+    if as_json:
+        typer.echo(figures.as_json(findings))
+    else:
+        figures.show(findings)
+    if findings.missed:
+        raise typer.Exit(1)
 
 
 def tell(name: str, scenario: Scenario, seed: int, mutant: str | None) -> None:

@@ -35,9 +35,16 @@ class Mutant:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The core is wrong meanwhile."""
-        right = getattr(self.owner, self.method)
-        setattr(self.owner, self.method, self.wrong(right))
-        try:
+        with replaced(self.owner, self.method, self.wrong):
             yield
-        finally:
-            setattr(self.owner, self.method, right)
+
+
+@contextmanager
+def replaced(owner: type | ModuleType, method: str, wrong: Callable[[Method], Method]) -> Iterator[None]:
+    """`owner` has another method instead meanwhile."""
+    right = getattr(owner, method)
+    setattr(owner, method, wrong(right))
+    try:
+        yield
+    finally:
+        setattr(owner, method, right)

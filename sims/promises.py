@@ -109,8 +109,8 @@ class Promises:
                 self.flights.fetch_begins(instance, effect.event_id, effect.chunks)
             case InventoryDoubted():
                 raise self._broken("I2", f"{instance} doubts the inventory of {effect.instance}: {effect.reason}")
-            case MemberChanged():
-                self.flights.lost(instance, effect.member.instance)
+            case MemberChanged(member=member) if not member.state.is_living:
+                self.flights.lost(instance, member.instance)
             case EventChanged():
                 self.flights.told(instance, effect.event)
                 self._changed(instance, effect.event)

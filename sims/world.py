@@ -17,6 +17,7 @@ from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Goodbye, Hello, Message
 from p2pkv.core.records import HandoffAddress, MemberState
+from p2pkv.core.timers import TimersOf, lan
 from p2pkv.errors import Failure
 from sims.engine import NAMESPACE, Engine, payload
 from sims.lane import Lane
@@ -65,7 +66,7 @@ class Node:
 class World:
     """A cluster. `nodes` holds the latest boot of each instance, `engines` what is attached to it."""
 
-    def __init__(self, seed: str, scenario: Scenario, recorder: Recorder | None = None) -> None:
+    def __init__(self, seed: str, scenario: Scenario, recorder: Recorder | None = None, *, timers_of: TimersOf = lan) -> None:
         self.seed = seed
         self.clock = Clock()
         self.network = Network(self.clock, Random(f"{seed}:network"), scenario.faults)
@@ -80,6 +81,7 @@ class World:
         self._capacity = scenario.capacity
         self._peer_fetch = scenario.peer_fetch
         self._log_changes = scenario.log_changes
+        self._timers_of = timers_of
         self._numbers = 0
         self._trace = blake2b(digest_size=16)
         self._recorder = recorder
@@ -121,6 +123,7 @@ class World:
             peer_fetch=self._peer_fetch,
             log_changes=self._log_changes,
             wall_offset_s=0.0,
+            timers_of=self._timers_of,
         )
         machine = Machine(config, Random(f"{self.seed}:{name}:{config.generation}"), self.clock.now)
         node = Node(name=name, address=self._addresses[name], machine=machine)

@@ -1,6 +1,7 @@
 """The configuration: what is taken, what is refused, and that every problem is told at once."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from p2pkv.config import NodeConfig
 from p2pkv.core.ids import Address
+from p2pkv.core.timers import Timers, lan, local, wan
 from p2pkv.errors import ConfigError
+from p2pkv.gossip_config import GossipConfig
 
 PAIR = Path(__file__).parent.parent / "topology" / "pair"
 NEEDED = "lmcache_instance_id: a\nlmcache_worker_port: 8002\n"
@@ -94,7 +97,6 @@ def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> 
         "tls_key: /k",
         "tls_ca: /a",
         "transfer_streams: 4",
-        "gossip: {probe_s: 1}",
     ],
 )
 def test_what_this_version_does_not_have_yet_is_refused_by_name(write: Write, line: str) -> None:
@@ -273,3 +275,37 @@ def test_any_values_of_any_keys_are_taken_or_refused(values: dict[str, Any]) -> 
 @given(st.dictionaries(KEYS.map(lambda key: f"P2PKV_{key.upper()}"), st.text(max_size=30), max_size=6))
 def test_any_variables_are_taken_or_refused(environ: dict[str, str]) -> None:
     take_or_refuse(NEEDED.encode(), environ)
+
+
+# --- gossip ---------------------------------------------------------------------------------------------------------------
+
+
+def test_timers_are_those_of_a_preset_with_changes_for_any_number_of_members(write: Write) -> None:
+    config = NodeConfig.from_yaml(write(f"{NEEDED}gossip: {{preset: wan, probe_timeout_s: 1, indirect_count: 5}}\n"), {})
+    for n in (1, 3, 100):
+        assert config.gossip.timers_of(n) == replace(wan(n), probe_timeout_s=1.0, indirect_count=5)
+    assert NodeConfig.from_yaml(write(NEEDED), {}).gossip.timers_of is lan
+    environ = {"P2PKV_GOSSIP": "{preset: local}"}
+    assert NodeConfig.from_yaml(write(NEEDED), environ).gossip.timers_of is local
+
+
+def test_every_timer_can_be_changed() -> None:
+    assert set(GossipConfig.model_fields) - {"preset"} == {each.name for each in fields(Timers)}
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("{probe_s: 1}", "gossip[probe_s]: unknown key"),
+        ("{preset: moon}", "gossip[preset]: should be 'lan', 'wan' or 'local', not 'moon'"),
+        ("{probe_interval_s: 0}", "gossip[probe_interval_s]: should be greater than or equal to 0.001, not 0"),
+        ("{gossip_fanout: true}", "gossip[gossip_fanout]: must be a number, not True"),
+        ("{retransmits: 1.5}", "gossip[retransmits]: should be a valid integer"),
+        ("{probe_timeout_s: 0.6}", "gossip: probe_interval_s must be at least 2 times probe_timeout_s: they are 1 and 0.6"),
+        ("{suspicion_max_s: 1}", "gossip: suspicion_max_s must be at least suspicion_min_s: they are 1 and 3"),
+        ("fast", "gossip: should be a valid dictionary"),
+        ("'{preset: wan'", "gossip: must be a mapping, as {preset: wan}"),
+    ],
+)
+def test_timers_that_make_no_sense_are_refused_by_name(write: Write, value: str, sentence: str) -> None:
+    assert sentence in problems(write(f"{NEEDED}gossip: {value}\n"))

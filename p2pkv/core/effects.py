@@ -131,7 +131,7 @@ class EventChanged:
 
 @dataclass(frozen=True, slots=True)
 class MemberChanged:
-    """A member was learned, died, left, or came back."""
+    """A member was learned, is suspected or no longer, died, left, or came back."""
 
     member: MemberRecord
 

@@ -20,6 +20,7 @@ from random import Random
 from typing import assert_never
 
 from p2pkv.core.dials import Dials
+from p2pkv.core.effects import MemberChanged
 from p2pkv.core.health import LocalHealth
 from p2pkv.core.ids import Address, Incarnation, InstanceId
 from p2pkv.core.messages import (
@@ -121,7 +122,7 @@ class Liveness:
         member.incarnation = incarnation
         if member.suspicion is not None:
             member.suspicion = None
-            member.record = replace(member.record, state=MemberState.ALIVE)
+            self._set_state(member, MemberState.ALIVE)
 
     def stalled(self, lag_s: float) -> None:
         """This node itself was late by `lag_s`: nobody's time ran meanwhile."""
@@ -177,8 +178,12 @@ class Liveness:
     def _ping(self, member: Member, nonce: Nonce) -> None:
         """Ask a member itself; a suspect hears of that first."""
         if member.suspicion is not None:
-            self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
+            self._warn(member)
         self._outbox.send(member.record.instance, Ping(nonce=nonce))
+
+    def _warn(self, member: Member) -> None:
+        """Tell a suspect what it has to refute."""
+        self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
 
     def _ask_others(self, probe: Probe, member: Member) -> None:
         if probe.asks_at == inf:
@@ -240,11 +245,16 @@ class Liveness:
         """`origin` doesn't hear a member that is held to live."""
         if member.suspicion is None:
             member.suspicion = Suspicion(origin, self.timers, now)
-            member.record = replace(member.record, state=MemberState.SUSPECT)
-            self._outbox.send(member.record.instance, Rumours((self._roster.word_of(member),)))
+            self._set_state(member, MemberState.SUSPECT)
+            self._warn(member)
         elif not member.suspicion.confirm(origin):
             return
         self._spread(replace(self._roster.word_of(member), origin=origin))
+
+    def _set_state(self, member: Member, state: MemberState) -> None:
+        if member.record.state is not state:
+            member.record = replace(member.record, state=state)
+            self._outbox.add(MemberChanged(member.record))
 
     def _silence_s(self) -> float:
         return self.health.factor * self.timers.silence_s
@@ -277,7 +287,7 @@ class Liveness:
             if rumour.state.is_living:
                 self._dials.add(rumour.ws, is_contact=False, now=now)
         elif rumour.generation == member.record.generation:
-            self._told_of(member, rumour, now)
+            self._told_of(sender, member, rumour, now)
 
     def _told_of_me(self, sender: InstanceId, rumour: Rumour) -> None:
         """Refute it, whatever it is, by a newer incarnation; and who told it, hears that first."""
@@ -291,12 +301,14 @@ class Liveness:
             self._spread(self._roster.word_of_me())
         self._outbox.send(sender, Rumours((self._roster.word_of_me(),)))
 
-    def _told_of(self, member: Member, rumour: Rumour, now: float) -> None:
+    def _told_of(self, sender: InstanceId, member: Member, rumour: Rumour, now: float) -> None:
         """Something is said of a member's very boot."""
         state = member.record.state
         if rumour.state is state is MemberState.SUSPECT and rumour.incarnation == member.incarnation:
             self._suspect(member, rumour.origin, now)
         if not overrules(rumour, state, member.incarnation):
+            if not state.is_living and rumour.state is MemberState.SUSPECT:  # who still waits for its answer may stop
+                self._outbox.send(sender, Rumours((self._roster.word_of(member),)))
             return
         if not state.is_living and rumour.state.is_living:
             member.incarnation = rumour.incarnation

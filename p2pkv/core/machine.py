@@ -94,6 +94,7 @@ class Machine:
         self._commands = Commands(self._holdings, self._membership, self._outbox, rng)
         self._started_at = self._settled_at = now
         self._leave_by = inf
+        self._members_due_at: float | None = None
         self.is_leaving = False
         self._gossip.describe()
 
@@ -102,16 +103,26 @@ class Machine:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """One thing happened."""
         self._notice_stall(now)
+        if not self._is_report(event):
+            self._members_due_at = None
         self._dispatch(event, now)
         return self._settle(now)
 
+    def _is_report(self, event: Event) -> bool:
+        """A member's Status or Ping: they put membership's deadlines off, if anything, and are most of what comes in."""
+        if not isinstance(event, MessageReceived) or not isinstance(event.message, messages.Status | messages.Ping):
+            return False
+        return self._membership.instance_of(event.link) is not None
+
     def wakeup_at(self) -> float:
-        """The next deadline; inf when there is none."""
+        """When `wake` may have something to do; inf when never. A deadline that was put off since may still be told."""
+        if self._members_due_at is None:
+            self._members_due_at = self._membership.wakeup_at()
         return min(
             self._leave_by,
             self._gossip.wakeup_at(),
             self._commands.wakeup_at(),
-            self._membership.wakeup_at(),
+            self._members_due_at,
             self._sources.wakeup_at(),
             self._targets.wakeup_at(),
             self._coordinator.wakeup_at(),
@@ -122,6 +133,7 @@ class Machine:
     def wake(self, now: float) -> list[Effect]:
         """Do what is due."""
         self._notice_stall(now)
+        self._members_due_at = None
         self._membership.wake(now)
         self._sources.wake(now)
         self._targets.wake(now)

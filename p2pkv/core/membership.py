@@ -37,7 +37,7 @@ from p2pkv.core.names import Names
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.peers import Joined, Link, Lost, Member
 from p2pkv.core.records import LocationStatus, MemberRecord, MemberState
-from p2pkv.core.roster import Roster
+from p2pkv.core.roster import LIVING, Roster
 from p2pkv.errors import ErrorCode, Failure
 
 HANDSHAKE_S = 2.0
@@ -276,7 +276,7 @@ class Membership:
         for other in hello.members:
             self._learn(other, now)
         self.news.append(Joined(record.instance))
-        if is_news:
+        if was is not MemberState.ALIVE:
             self._outbox.add(MemberChanged(record))
         self._liveness.met(member, was=was)
 
@@ -342,7 +342,7 @@ class Membership:
         """When `wake` has something to do."""
         close_silent_s = self._liveness.timers.close_silent_s
         links = (self._closes_at(link, close_silent_s) for link in self._links.values())
-        members = map(self._forgotten_at, self._members.values())
+        members = (self._forgotten_at(member) for member in self._members.values() if member.record.state not in LIVING)
         of_its_own = min(self._dials.wakeup_at(), self._liveness.wakeup_at())
         return min(of_its_own, min(links, default=inf), min(members, default=inf))
 

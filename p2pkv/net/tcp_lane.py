@@ -1,9 +1,9 @@
 """A TCP lane once it is open: whole shards through a blocking socket, in threads.
 
-Blocking calls in a thread carry twice as many bytes as the event loop can. Bytes go through one small buffer that stays in the
-processor's cache, by `pread` and `pwrite` from and into the memfd. That beats maps, where page faults cost more than the copy:
-to receive 32 MiB into fresh memory takes 21 ms of processor time with their checksum, 24 ms through a map without one, 30 ms
-where another thread has the pages faulted in ahead. Every call gives up the GIL.
+Blocking calls in a thread carry twice as many bytes as the event loop can. The source sends from the sealed memfd itself:
+nothing is copied, and nothing changes on its way. The target receives into memory that was faulted in ahead, where the store
+has such; else through one small buffer that stays in the processor's cache, and by `pwrite`: faults in a map of fresh memory
+would cost more than that copy. Every call gives up the GIL.
 
 A cancelled lane is shut down, which wakes its thread within milliseconds; the thread is always waited for, as it writes memory.
 """
@@ -15,7 +15,9 @@ import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
+from mmap import MAP_PRIVATE, PROT_READ, mmap
 from typing import TypeVar, TypeVarTuple
 
 import trio
@@ -28,8 +30,10 @@ from p2pkv.wire.lane import CHECKSUM_NBYTES, SHARD_HEADER_NBYTES, ShardHeader
 LANES_AT_ONCE = 16
 """Lanes that carry bytes at the same time, at each end, a thread each; more would share the same processors and network."""
 SLICE_NBYTES = 256 * 1024
-"""Sent or received in one call. It fits in a second-level cache; with 16 lanes and the least `transfer_rate_limit`, 1 MiB/s,
-one takes 4 s, well within `STALL_S`."""
+"""Received, or sent under a rate limit, in one call. It fits in a second-level cache; with 16 lanes and the least
+`transfer_rate_limit`, 1 MiB/s, one takes 4 s, well within `STALL_S`."""
+FREE_SLICE_NBYTES = 2**20
+"""Sent in one call where nothing limits the rate: a seventh faster than `SLICE_NBYTES`."""
 CATCH_UP_S = 0.05
 """So far a rate limit makes good what a late thread lost: waits are in whole milliseconds, and threads start late."""
 
@@ -87,24 +91,26 @@ class TcpLane:
             OSError: The connection broke, or the target didn't take what was sent.
         """
         self.send(header.encode())
+        slice_nbytes = SLICE_NBYTES if self._limit else FREE_SLICE_NBYTES
         digest = xxh3_128()
-        for offset in range(0, header.nbytes, SLICE_NBYTES):
-            piece = self._buffer[: header.nbytes - offset]
-            if os.preadv(descriptor, [piece], offset) != len(piece):
-                raise OSError("a shard's memory is shorter than its payload")
-            if checksum is None:
-                digest.update(piece)
-            self.send(piece)
+        # Private, as older kernels share no map of sealed memory that was opened for writing.
+        with mmap(descriptor, header.nbytes, flags=MAP_PRIVATE, prot=PROT_READ) as mapped, memoryview(mapped) as payload:
+            for offset in range(0, header.nbytes, slice_nbytes):
+                with payload[offset : offset + slice_nbytes] as piece:
+                    if checksum is None:
+                        digest.update(piece)
+                    self._send(len(piece), partial(_send_file, self._connection, descriptor, offset, offset + len(piece)))
         checksum = checksum or digest.digest()
         self.send(checksum)
         return checksum
 
-    def receive_shard(self, expected: ShardHeader, descriptor: int) -> bytes | None:
+    def receive_shard(self, expected: ShardHeader, descriptor: int, warm: mmap | None) -> bytes | None:
         """Receive a shard's payload into its memory.
 
         Args:
             expected: What its header must say.
-            descriptor: Of fresh memory for that many bytes; nobody else uses it until this returns.
+            descriptor: Of memory for that many bytes; nobody else uses it until this returns.
+            warm: A map of all of it, if its pages are there already; closed when this returns or raises.
 
         Returns:
             The checksum, which is right; None when the source doesn't hold the chunk, and nothing was written.
@@ -113,55 +119,85 @@ class TcpLane:
             RemoteProtocolError: Another shard came, or other bytes than were sent, or the lane ended.
             OSError: The connection broke, or nothing came.
         """
-        header = ShardHeader.decode(self._receive(SHARD_HEADER_NBYTES))
-        if header == ShardHeader(expected.key, worker=0, nbytes=0):
-            return None
-        if header != expected:
-            raise RemoteProtocolError("it sent a shard that wasn't asked for")
-        digest = xxh3_128()
-        for offset in range(0, header.nbytes, SLICE_NBYTES):
-            piece = self._receive(min(SLICE_NBYTES, header.nbytes - offset))
-            digest.update(piece)
-            _write(descriptor, piece, offset)
-        checksum = bytes(self._receive(CHECKSUM_NBYTES))
-        if digest.digest() != checksum:
+        with warm or nullcontext():
+            header = ShardHeader.decode(self._receive_bytes(SHARD_HEADER_NBYTES))
+            if header == ShardHeader(expected.key, worker=0, nbytes=0):
+                return None
+            if header != expected:
+                raise RemoteProtocolError("it sent a shard that wasn't asked for")
+            if warm is None:
+                computed = self._receive_fresh(header.nbytes, descriptor)
+            else:
+                computed = self._receive_warm(header.nbytes, warm)
+        checksum = self._receive_bytes(CHECKSUM_NBYTES)
+        if computed != checksum:
             raise RemoteProtocolError("a shard arrived with another checksum than it was sent with")
         return checksum
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: bytes) -> None:
         """Send at most `SLICE_NBYTES`, within `STALL_S` after the rate limit lets them pass."""
-        wait_s = 0.0 if self._limit is None else self._limit.reserve(len(data))
+        view = memoryview(data)
+        self._send(len(data), lambda sent_nbytes: self._connection.send(view[sent_nbytes:]))
+
+    def _send(self, nbytes: int, send_from: Callable[[int], int]) -> None:
+        """Send one slice by `send_from`, which is told how much of it is out, and tells how much more it sent."""
+        wait_s = 0.0 if self._limit is None else self._limit.reserve(nbytes)
         if wait_s:
             self._end.poll(wait_s * 1000)  # a lane that ends meanwhile is noticed by the send
-        rest = memoryview(data)
+        sent_nbytes = 0
         gives_up_at = time.monotonic() + STALL_S
-        while rest:
+        while sent_nbytes < nbytes:
             try:
-                rest = rest[self._connection.send(rest) :]
+                sent_nbytes += send_from(sent_nbytes)
             except BlockingIOError:
                 break
             if time.monotonic() >= gives_up_at:
                 break
-        if rest:
+        if sent_nbytes < nbytes:
             raise TimeoutError(f"it took too little of what was sent for {STALL_S:g} s")
 
-    def _receive(self, nbytes: int) -> memoryview:
-        """Exactly `nbytes`, at most `SLICE_NBYTES`, within `STALL_S`; they are there until the next call."""
-        rest = piece = self._buffer[:nbytes]
+    def _receive_fresh(self, nbytes: int, descriptor: int) -> bytes:
+        """Receive a payload by way of the buffer; its checksum."""
+        digest = xxh3_128()
+        for offset in range(0, nbytes, SLICE_NBYTES):
+            piece = self._buffer[: nbytes - offset]
+            self._receive(piece)
+            digest.update(piece)
+            _write(descriptor, piece, offset)
+        return digest.digest()
+
+    def _receive_warm(self, nbytes: int, warm: mmap) -> bytes:
+        """Receive a payload into its place; its checksum. No view of `warm` is left, or it couldn't be closed."""
+        digest = xxh3_128()
+        with memoryview(warm) as memory, memory[:nbytes] as payload:
+            for offset in range(0, nbytes, SLICE_NBYTES):
+                with payload[offset : offset + SLICE_NBYTES] as piece:
+                    self._receive(piece)
+                    digest.update(piece)
+        return digest.digest()
+
+    def _receive_bytes(self, nbytes: int) -> bytes:
+        piece = self._buffer[:nbytes]
+        self._receive(piece)
+        return bytes(piece)
+
+    def _receive(self, piece: memoryview) -> None:
+        """Fill `piece`, at most `SLICE_NBYTES`, within `STALL_S`."""
+        received_nbytes = 0
         gives_up_at = time.monotonic() + STALL_S
-        while rest:
+        while received_nbytes < len(piece):
             try:
-                count = self._connection.recv_into(rest, 0, socket.MSG_WAITALL)
+                with piece[received_nbytes:] as rest:
+                    count = self._connection.recv_into(rest, 0, socket.MSG_WAITALL)
             except BlockingIOError:
                 break
             if not count:
                 raise RemoteProtocolError("it closed the lane in the middle")
-            rest = rest[count:]
+            received_nbytes += count
             if time.monotonic() >= gives_up_at:
                 break
-        if rest:
+        if received_nbytes < len(piece):
             raise TimeoutError(f"too little came for {STALL_S:g} s")
-        return piece
 
 
 @asynccontextmanager
@@ -200,6 +236,13 @@ def _choose_congestion_control(connection: socket.socket) -> None:
     if connection.getsockname()[0] == connection.getpeername()[0]:
         with suppress(OSError):  # a kernel without it keeps its own choice
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+
+
+def _send_file(connection: socket.socket, descriptor: int, start: int, end: int, sent_nbytes: int) -> int:
+    count = os.sendfile(connection.fileno(), descriptor, start + sent_nbytes, end - start - sent_nbytes)
+    if not count:
+        raise OSError("a shard's memory is shorter than its payload")
+    return count
 
 
 def _write(descriptor: int, piece: memoryview, offset: int) -> None:

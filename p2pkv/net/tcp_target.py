@@ -5,7 +5,8 @@ whole chunks that came before stay.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from mmap import mmap
 from typing import Protocol
 
 import trio
@@ -25,8 +26,8 @@ from p2pkv.wire.lane import Fetch, ShardHeader, Turn
 class ReceivingMemory(Protocol):
     """What the target needs of the store."""
 
-    def lend(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> int:
-        """Stage fresh memory to write; the descriptor stays the store's."""
+    def lend_warm(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> tuple[int, mmap | None]:
+        """Stage memory to write; the descriptor stays the store's, the map of memory that was faulted in ahead doesn't."""
 
     def seal(self, stage: StageId, key: ChunkKey, worker: int, checksum: bytes) -> None:
         """Make it read-only, and keep its checksum with it."""
@@ -69,8 +70,9 @@ class TcpFetcher:
     async def _receive_chunk(self, lane: TcpLane, chunk: Chunk, stage: StageId, fetched: list[ChunkKey]) -> None:
         try:
             for worker, nbytes in enumerate(chunk.shard_nbytes):
-                descriptor = self._memory.lend(stage, chunk.key, worker, nbytes)
-                checksum = await lane.run(lane.receive_shard, ShardHeader(chunk.key, worker, nbytes), descriptor)
+                descriptor, warm = self._memory.lend_warm(stage, chunk.key, worker, nbytes)
+                with warm or nullcontext():  # the lane closes it; this is for one that was cancelled before
+                    checksum = await lane.run(lane.receive_shard, ShardHeader(chunk.key, worker, nbytes), descriptor, warm)
                 if checksum is None:
                     return
                 self._memory.seal(stage, chunk.key, worker, checksum)

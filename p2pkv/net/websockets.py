@@ -219,6 +219,8 @@ class Websocket(WebSocketConnection):
             self._take(event.data if isinstance(event.data, str) else bytes(event.data))
             await trio.lowlevel.checkpoint()
             return
+        if event.message_finished:
+            self._take = None  # what comes next mustn't overtake this one, which waits for `take_each`
         await super()._handle_message_event(event)
         parts: list[Any] = self._message_parts  # all bytes, or all text
         if len(parts) <= 1:

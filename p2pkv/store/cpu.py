@@ -5,13 +5,15 @@ was outside this process is closed, never used again: somebody may still map it.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from mmap import mmap
 
 from p2pkv.core.ids import StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.errors import ForeignMemoryError, SealRefusedError
 from p2pkv.store import memory
+from p2pkv.store.prefaulted import PrefaultedMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,15 @@ class StoreStatistics:
         resident_nbytes: Their memory, in whole pages.
         staged_count: Chunks of which at least one shard is staged.
         staged_nbytes: Memory of the staged shards, in whole pages.
-        descriptor_count: Open descriptors, one a shard.
+        prefaulted_nbytes: Memory that is kept ready for shards to come, in whole pages.
+        descriptor_count: Open descriptors: one a shard, and those of what is kept ready.
     """
 
     resident_count: int
     resident_nbytes: int
     staged_count: int
     staged_nbytes: int
+    prefaulted_nbytes: int
     descriptor_count: int
 
 
@@ -61,14 +65,21 @@ _Shards = dict[int, Shard]
 
 
 class CpuStore:
-    """Memfds by chunk key and worker. Every call is short and belongs on the event loop; nothing here waits."""
+    """Memfds by chunk key and worker. Every call is short and belongs on the event loop; nothing here waits.
 
-    def __init__(self) -> None:
+    Args:
+        prefaulted: Where lanes' memory comes from while there is some; closed with the store.
+        close: Closes a descriptor that isn't needed any more, at once or soon.
+    """
+
+    def __init__(self, prefaulted: PrefaultedMemory | None = None, close: Callable[[int], None] = os.close) -> None:
+        self._prefaulted = prefaulted or PrefaultedMemory(0)
+        self._close_descriptor = close
         self._staged: dict[tuple[StageId, ChunkKey], _Shards] = {}
         self._resident: dict[ChunkKey, _Shards] = {}
 
     def lend(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> int:
-        """Stage fresh memory for an engine or a lane to write.
+        """Stage fresh memory for an engine to write.
 
         Returns:
             Its descriptor, which stays the store's. Whoever gets it may write until `seal`.
@@ -76,6 +87,18 @@ class CpuStore:
         descriptor = memory.create(nbytes)
         self._stage(stage, key, worker, Shard(descriptor, nbytes, is_sealed=False))
         return descriptor
+
+    def lend_warm(self, stage: StageId, key: ChunkKey, worker: int, nbytes: int) -> tuple[int, mmap | None]:
+        """Stage memory for a lane to write: faulted in ahead if there is such, else fresh.
+
+        Returns:
+            Its descriptor, as from `lend`; and where it was faulted in, its map, the caller's, who closes it before `seal`.
+        """
+        warm = self._prefaulted.take(nbytes)
+        if warm is None:
+            return self.lend(stage, key, worker, nbytes), None
+        self._stage(stage, key, worker, Shard(warm.descriptor, nbytes, is_sealed=False))
+        return warm.descriptor, warm.map
 
     def seal(self, stage: StageId, key: ChunkKey, worker: int, checksum: bytes | None = None) -> None:
         """Make a lent shard read-only for good. It stays staged, refused or not, until it is admitted or dropped.
@@ -120,21 +143,21 @@ class CpuStore:
         """Make a staged chunk resident. All its shards are sealed; a resident chunk of the same key is closed."""
         shards = self._staged[stage, key]
         assert all(shard.is_sealed for shard in shards.values()), f"chunk {key.hex()} is not sealed"
-        _close(self._resident.pop(key, {}))
+        self._close(self._resident.pop(key, {}))
         self._resident[key] = self._staged.pop((stage, key))
 
     def drop(self, stage: StageId, key: ChunkKey, worker: int | None = None) -> None:
         """Close a staged chunk, or only one worker's shard. What isn't staged (any more) needs no dropping."""
         shards = self._staged.get((stage, key), {})
         workers = list(shards) if worker is None else [worker]
-        _close({each: shards.pop(each) for each in workers if each in shards})
+        self._close({each: shards.pop(each) for each in workers if each in shards})
         if not shards:
             self._staged.pop((stage, key), None)
 
     def release(self, keys: Iterable[ChunkKey]) -> None:
         """Close resident chunks. Who maps them keeps their memory alive until he unmaps it."""
         for key in keys:
-            _close(self._resident.pop(key))
+            self._close(self._resident.pop(key))
 
     def shards(self, key: ChunkKey) -> tuple[Shard, ...]:
         """A resident chunk's shards, in order of workers; their descriptors stay the store's."""
@@ -154,27 +177,28 @@ class CpuStore:
             resident_nbytes=sum(shard.charged_nbytes for shard in resident),
             staged_count=len(self._staged),
             staged_nbytes=sum(shard.charged_nbytes for shard in staged),
-            descriptor_count=len(resident) + len(staged),
+            prefaulted_nbytes=self._prefaulted.nbytes,
+            descriptor_count=len(resident) + len(staged) + self._prefaulted.descriptor_count,
         )
 
     def close(self) -> None:
         """Close everything."""
         for shards in (*self._staged.values(), *self._resident.values()):
-            _close(shards)
+            self._close(shards)
         self._staged.clear()
         self._resident.clear()
+        self._prefaulted.close()
 
     def _stage(self, stage: StageId, key: ChunkKey, worker: int, shard: Shard) -> None:
         shards = self._staged.setdefault((stage, key), {})
         if worker in shards:
-            os.close(shards[worker].descriptor)
+            self._close_descriptor(shards[worker].descriptor)
         shards[worker] = shard
+
+    def _close(self, shards: _Shards) -> None:
+        for shard in shards.values():
+            self._close_descriptor(shard.descriptor)
 
 
 def _each(chunks: Iterable[_Shards]) -> Iterator[Shard]:
     return (shard for shards in chunks for shard in shards.values())
-
-
-def _close(shards: _Shards) -> None:
-    for shard in shards.values():
-        os.close(shard.descriptor)

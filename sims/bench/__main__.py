@@ -12,6 +12,7 @@ BENCHES = {
     "handoff": "32 chunks of 32 MiB between two instances of one host",
     "tcp": "the same over loopback TCP with checksums, beside a bare transfer",
     "lookup": "lookups of 512 and of 131,072 tokens, and how long they stall the node",
+    "membership": "25 nodes, killed and stopped: until all know; serf beside them where it is installed",
     "node": "time until a node is ready, and its idle memory",
     "small": "moves of 12 tokens over HTTP and over the websocket",
     "vllm": "real vLLM on the CPU, in .venv-vllm: overhead, time to first token after a move, a trace",
@@ -20,7 +21,7 @@ BENCHES = {
 
 def main() -> None:
     """Run what the command line names."""
-    listing = "\n".join(f"  {name:<11}{meaning}" for name, meaning in BENCHES.items())
+    listing = "\n".join(f"  {name:<12}{meaning}" for name, meaning in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="./dev bench", epilog=f"benchmarks:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -44,7 +44,7 @@ def test_whatever_members_say_only_the_unheard_can_die_of_it(said: list[tuple[st
     assert {record.instance for record in solo.machine.members()} == {*PEERS, ME}
     assert all(record.state.is_living for record in solo.machine.members())
     assert all(record.generation == 1 for record in solo.machine.members())
-    assert {change.member.state for change in solo.effects(MemberChanged)} == {MemberState.ALIVE}
+    assert all(change.member.state.is_living for change in solo.effects(MemberChanged))
     mine = solo.record_of(ME)
     assert mine is not None
     assert mine.incarnation <= 2**20 * (1 + len(said) * 5)

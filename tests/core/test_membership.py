@@ -259,7 +259,7 @@ def test_a_member_is_dead_within_five_seconds_though_no_redial_ever_ends() -> No
     assert DEAD_AFTER_S < 5.0
     solo.run(DEAD_AFTER_S)
     assert solo.state_of("a") is DEAD
-    assert [each.member.state for each in solo.effects(MemberChanged)] == [ALIVE, DEAD]
+    assert [each.member.state for each in solo.effects(MemberChanged)] == [ALIVE, SUSPECT, DEAD]
 
 
 def test_a_member_that_was_dialed_long_ago_is_dead_in_time_too() -> None:
@@ -283,7 +283,7 @@ def test_a_member_whose_link_comes_back_never_died() -> None:
     solo.run(DEAD_AFTER_S - 0.1)
     solo.join("a")
     solo.run(1.0)
-    assert [each.member.state for each in solo.effects(MemberChanged)] == [ALIVE]
+    assert [each.member.state for each in solo.effects(MemberChanged)] == [ALIVE, SUSPECT, ALIVE]
 
 
 def test_a_silent_link_is_closed_and_its_member_redialed() -> None:

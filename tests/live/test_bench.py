@@ -146,6 +146,7 @@ def test_when_an_end_is_lost_the_other_is_cleared(cluster: Cluster, nodes: list[
     assert (held(a), held(slow)) == before
 
 
+@pytest.mark.long
 def test_when_the_asked_node_is_lost_both_ends_are_cleared(cluster: Cluster, nodes: list[NodeProcess]) -> None:
     a, slow, _ = nodes
     (asked,) = cluster.start(asked=())
@@ -197,6 +198,7 @@ def test_without_torch_it_says_what_to_install(nodes: list[NodeProcess]) -> None
     assert "install p2pkv[engines]" in ended.stderr
 
 
+@pytest.mark.long
 def test_what_is_at_a_target_of_another_host_is_brought_home(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The target has another runtime directory, so that its engine socket isn't found: as on another host."""
     lines = (f"cluster_key: {KEY}",)

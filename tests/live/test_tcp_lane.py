@@ -1,5 +1,6 @@
 """The TCP lane over real sockets: who proves himself gets the bytes that his move names, whole and checked; nobody else any."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from p2pkv.net.tcp_lane import LANES_AT_ONCE, RateLimit
 from p2pkv.net.tcp_source import serve_tcp
 from p2pkv.net.tcp_target import TcpFetcher
 from p2pkv.store.cpu import CpuStore
+from p2pkv.store.memory import READ_ONLY_SEALS
+from p2pkv.store.prefaulted import PrefaultedMemory
 from p2pkv.wire.lane import Fetch, ShardHeader, Turn, lane_codec
 from tests.live.lane_ends import EVENT, NBYTES, TICKET, Source, chunk_of, open_descriptors, order_of, prove_as_source
 
@@ -110,6 +113,9 @@ async def test_a_checksum_travels_with_its_shard(source: Source, address: Addres
     source.grant(chunk)
     await fetch(store, address, [chunk])
     store.admit(EVENT, chunk.key)
+    with trio.fail_after(2):
+        while source.store.shards(chunk.key)[0].checksum is None:  # noqa: ASYNC110 - its thread may end after the target's
+            await trio.sleep(0.001)
     checksums = [each.shards(chunk.key)[0].checksum for each in (source.store, store)]
     assert checksums == [xxh3_128_digest(b"\7" * NBYTES)] * 2
 
@@ -168,6 +174,78 @@ async def test_two_hundred_fetches_leak_neither_descriptors_nor_threads(
     assert store.statistics().descriptor_count == 0
     assert threading.active_count() <= thread_count + 2
     await settles(descriptor_count)
+
+
+# --- memory that was faulted in ahead -------------------------------------------------------------------------------------
+
+WARM_NBYTES = 3 * MIB + 5
+
+
+@pytest.fixture
+async def warm_store() -> AsyncIterator[CpuStore]:
+    """A store that keeps memory for two shards of `WARM_NBYTES` ready, and frees all of it."""
+    before = len(open_descriptors())
+    prefaulted = PrefaultedMemory(7 * MIB)
+    store = CpuStore(prefaulted)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(prefaulted.keep_ready)
+        for number in range(2):
+            store.lend_warm(EVENT, chunk_of(number).key, 0, WARM_NBYTES)
+            store.drop(EVENT, chunk_of(number).key)
+        await is_ready(store)
+        yield store
+        nursery.cancel_scope.cancel()
+    store.close()
+    await settles(before)
+
+
+async def is_ready(store: CpuStore) -> None:
+    with trio.fail_after(5):
+        while store.statistics().prefaulted_nbytes < 2 * WARM_NBYTES:  # noqa: ASYNC110 - memory tells nobody that it is ready
+            await trio.sleep(0.001)
+
+
+async def test_shards_arrive_as_they_were_in_memory_that_was_faulted_in_ahead(
+    warm_store: CpuStore, source: Source, address: Address
+) -> None:
+    chunks = [chunk_of(number, nbytes=WARM_NBYTES) for number in range(1, 4)]
+    source.hold(*chunks)
+    source.grant(*chunks)
+    assert await fetch(warm_store, address, chunks) == ([chunk.key for chunk in chunks], None)
+    for chunk in chunks:
+        warm_store.admit(EVENT, chunk.key)
+        assert content(warm_store, chunk.key) == content(source.store, chunk.key)
+        seals = fcntl.fcntl(warm_store.descriptors(chunk.key)[0], fcntl.F_GET_SEALS)
+        assert seals & READ_ONLY_SEALS == READ_ONLY_SEALS
+    await is_ready(warm_store)  # for the next ones
+
+
+@pytest.mark.parametrize("broken", ["checksum", "header", "end", "absence"])
+async def test_a_shard_that_fails_in_memory_faulted_in_ahead_is_freed(warm_store: CpuStore, broken: str) -> None:
+    whole = shard(1, b"x" * WARM_NBYTES)
+    gone = ShardHeader(chunk_of(1).key, 0, 0).encode()
+    answer = {"checksum": whole[:-1] + b"?", "header": b"?" + whole[1:], "end": whole[:MIB], "absence": gone}[broken]
+    descriptor_count = warm_store.statistics().descriptor_count
+    async with cheat(answer, then_ends=True) as address:
+        fetched, failure = await fetch(warm_store, address, [chunk_of(1, nbytes=WARM_NBYTES)])
+    assert (fetched, warm_store.statistics().staged_count) == ([], 0)
+    assert failure is not None
+    await is_ready(warm_store)
+    assert warm_store.statistics().descriptor_count == descriptor_count
+
+
+async def test_a_cancelled_fetch_frees_memory_that_was_faulted_in_ahead(warm_store: CpuStore) -> None:
+    answer = shard(1, b"x" * WARM_NBYTES)[:MIB]
+    async with cheat(answer) as address, trio.open_nursery() as nursery:
+        order = order_of(address, [chunk_of(1, nbytes=WARM_NBYTES)])
+        nursery.start_soon(TcpFetcher(warm_store, DialRules(LOOPBACK)).fetch, order, [])
+        with trio.fail_after(2):
+            while not warm_store.statistics().staged_count:  # noqa: ASYNC110 - the store tells nobody
+                await trio.sleep(0.001)
+        await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert warm_store.statistics().staged_count == 0
+    await is_ready(warm_store)
 
 
 # --- rate -----------------------------------------------------------------------------------------------------------------
@@ -262,14 +340,16 @@ async def test_connections_beyond_the_limit_are_closed_at_once(address: Address,
 
 
 @asynccontextmanager
-async def cheat(answer: bytes, ticket: bytes = TICKET) -> AsyncIterator[Address]:
-    """A source that proves itself with `ticket`, sends `answer` as its shards, and falls silent."""
+async def cheat(answer: bytes, ticket: bytes = TICKET, *, then_ends: bool = False) -> AsyncIterator[Address]:
+    """A source that proves itself with `ticket`, sends `answer` as its shards, and falls silent, or ends."""
 
     async def serve(stream: trio.SocketStream) -> None:
         await prove_as_source(stream.socket, ticket)
         await expect(stream.socket, Fetch)
         await send(stream.socket, Turn(has_come=True))
         await stream.send_all(answer)
+        if then_ends:
+            await stream.aclose()
         await trio.sleep_forever()
 
     async def serve_quietly(stream: trio.SocketStream) -> None:

@@ -9,6 +9,8 @@ from sims.scenario import scenario_names
 from sims.sightings import Phase, Role
 from tests.sims.runs import SEEDS, totals
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("name", scenario_names())
 def test_every_scenario_keeps_every_promise(name: str) -> None:

@@ -9,7 +9,9 @@ from p2pkv.store import memory
 from p2pkv.store.cpu import CpuStore, StoreStatistics
 
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
-NOTHING = StoreStatistics(resident_count=0, resident_nbytes=0, staged_count=0, staged_nbytes=0, descriptor_count=0)
+NOTHING = StoreStatistics(
+    resident_count=0, resident_nbytes=0, staged_count=0, staged_nbytes=0, prefaulted_nbytes=0, descriptor_count=0
+)
 
 
 def open_descriptors() -> set[Path]:
@@ -45,12 +47,12 @@ def test_a_chunk_is_lent_sealed_admitted_read_and_released(store: CpuStore) -> N
         lend_written(store, KEY, worker, content=bytes([worker + 1]))
         store.seal("engine", KEY, worker)
     assert store.statistics() == StoreStatistics(
-        resident_count=0, resident_nbytes=0, staged_count=1, staged_nbytes=8192, descriptor_count=2
+        resident_count=0, resident_nbytes=0, staged_count=1, staged_nbytes=8192, prefaulted_nbytes=0, descriptor_count=2
     )
     store.admit("engine", KEY)
     assert [os.pread(each, 1, 0) for each in store.descriptors(KEY)] == [b"\x01", b"\x02"]
     assert store.statistics() == StoreStatistics(
-        resident_count=1, resident_nbytes=8192, staged_count=0, staged_nbytes=0, descriptor_count=2
+        resident_count=1, resident_nbytes=8192, staged_count=0, staged_nbytes=0, prefaulted_nbytes=0, descriptor_count=2
     )
     store.release([KEY])
     assert store.statistics() == NOTHING
