@@ -64,9 +64,7 @@ class Cluster(World):
         is_hasty: Who stood still does what was due meanwhile before it looks at what has come in, as no shell of ours does.
     """
 
-    def __init__(
-        self, seed: str, nodes: int, *, faults: Faults | None = None, timers_of: TimersOf = lan, chunks: int = 4096
-    ) -> None:
+    def __init__(self, seed: str, nodes: int, *, faults: Faults | None = None, timers_of: TimersOf = lan) -> None:
         self.sent: Counter[type[Message]] = Counter()
         self.sent_nbytes: Counter[type[Message]] = Counter()
         self.sightings: list[Sighted] = []
@@ -79,7 +77,7 @@ class Cluster(World):
         scenario = Scenario(
             description="an experiment",
             instances=nodes,
-            capacity=chunks,
+            capacity=CHUNKS,
             operations=NO_OPERATIONS,
             faults=faults or Faults(),
         )
