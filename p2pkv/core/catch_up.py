@@ -55,8 +55,8 @@ class CatchUps:
         inventory = self._inventory
         if isinstance(request, InventoryRequest):
             tail = inventory.tail(request.generation, request.sequence)
-            if tail is not None:
-                return [*tail]
+            if tail is not None:  # an empty one tells that nothing is missing
+                return [*tail] or [InventoryDelta(inventory.generation, inventory.sequence + 1, b"")]
             self._flush()  # a digest or page is of this moment, and counts only for who has all changes up to it
             return [inventory.digest()]
         if request.generation != inventory.generation or request.first > request.last:

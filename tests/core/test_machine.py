@@ -281,6 +281,16 @@ def test_a_view_that_lags_or_differs_is_asked_for() -> None:
     assert solo.machine.is_view_complete()
 
 
+def test_who_holds_nothing_says_so_at_once() -> None:
+    solo = Solo(generation=1)
+    link = solo.join("a")
+    solo.say(link, InventoryRequest(generation=1, sequence=0))
+    assert solo.heard(link, InventoryDelta) == [InventoryDelta(generation=1, first_sequence=1, changes=b"")]
+    assert not solo.machine.is_view_complete()
+    solo.say(link, delta(1))
+    assert solo.machine.is_view_complete(), "a second earlier than its first status comes"
+
+
 def test_an_inventory_that_is_never_right_is_fetched_ever_more_seldom() -> None:
     solo = Solo()
     link = solo.join("a")
