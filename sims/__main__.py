@@ -113,8 +113,11 @@ def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None,
         findings = EXPERIMENTS[name].run(seed, nodes, seconds)
         if plot is not None:
             plots.plot(findings, plot)
-    except (plots.NoPictureError, OSError) as error:
+    except (plots.NoPictureError, ValueError, OSError) as error:
         refuse(str(error))
+    except PromiseBrokenError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
     if as_json:
         typer.echo(figures.as_json(findings))
     else:

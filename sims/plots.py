@@ -79,7 +79,7 @@ def draw_counts(axes: "Axes", findings: Findings) -> None:
     bars = axes.barh([each.name for each in counted], [each.value or 0.0 for each in counted])
     axes.bar_label(bars, padding=3)
     axes.invert_yaxis()  # in the order of the table
-    axes.set_xlim(left=0.0)
+    axes.set_xlim(0.0, 1.1 * max(1.0, *(each.value or 0.0 for each in counted)))
     axes.set_xlabel("deaths declared of members that were well")
 
 

@@ -63,13 +63,23 @@ class Sample:
 
 @dataclass(slots=True)
 class Findings:
-    """All figures of one run of an experiment, and what a picture is drawn from beside them."""
+    """All figures of one run of an experiment.
+
+    Attributes:
+        experiment: Its name.
+        nodes: How many members it had.
+        seed: Of the run.
+        figures: In the order of the table.
+        samples: What a picture is drawn from.
+        trace: Digest of all that happened, where one is taken; equal for equal runs.
+    """
 
     experiment: str
     nodes: int
     seed: int
     figures: list[Figure] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    trace: str | None = None
 
     def __getitem__(self, name: str) -> float | None:
         """The value of the figure of that name."""
