@@ -97,6 +97,12 @@ def open_bench() -> Iterator[Bench]:
             shutil.rmtree(folder)
 
 
+def resident_nbytes(node: NodeProcess) -> int:
+    """Memory that a node's process has, without chunks: those are shared memory."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{node.process.pid}/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+
+
 def free_port() -> int:
     """A port of loopback that nobody has at this moment."""
     with socket.socket() as probe:
