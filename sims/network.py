@@ -81,8 +81,7 @@ class Network:
 
     def deafen(self, receiver: InstanceId, sender: InstanceId, *, seconds: float) -> None:
         """Nothing reaches `receiver` from `sender` for that long; the other way round it does."""
-        until = max(self._clock.now + seconds, self._cut_until.get((sender, receiver), 0.0))
-        self._cut_until[sender, receiver] = until
+        self._cut_until[sender, receiver] = self._clock.now + seconds
 
     def is_deaf(self, receiver: InstanceId, sender: InstanceId) -> bool:
         """Whether nothing from `sender` reaches `receiver` now."""

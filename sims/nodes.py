@@ -61,7 +61,7 @@ class Node:
 
     name: InstanceId
     driver: Driver
-    store: CpuStore
+    store: "WatchedStore"
     scope: trio.CancelScope
     client: int
 
@@ -95,10 +95,15 @@ class WatchedMachine(Machine):
 
 
 class WatchedStore(CpuStore):
-    """A store that tells who holds what: the witness for M1 and M5."""
+    """A store that tells who holds what: the witness for M1 and M5.
+
+    Attributes:
+        is_lost: Its process has been killed: what is done to it while its tasks end never happened.
+    """
 
     def __init__(self, name: InstanceId, cluster: "NodeCluster") -> None:
         super().__init__()
+        self.is_lost = False
         self._name = name
         self._cluster = cluster
 
@@ -107,12 +112,13 @@ class WatchedStore(CpuStore):
         super().admit(stage, key)
         if os.pread(self.descriptors(key)[0], len(payload(key)), 0) != payload(key):
             raise PromiseBrokenError(f"M5: {self._name} admits bytes as {key.hex()} that aren't right")
-        self._cluster.holders.setdefault(key, {})[self._name] = None
+        if not self.is_lost:
+            self._cluster.holders.setdefault(key, {})[self._name] = None
 
     def release(self, keys: Iterable[ChunkKey]) -> None:
         """As a store's; another must hold each, as nothing is evicted."""
         released = tuple(keys)
-        for key in released:
+        for key in () if self.is_lost else released:
             self._cluster.holders[key].pop(self._name)
             if not self._cluster.holders[key]:
                 raise PromiseBrokenError(f"M1: {self._name} frees {key.hex()}, and nobody else holds it")
@@ -167,6 +173,7 @@ class NodeCluster:
         """End an instance without a word; its streams break, and what it holds is gone."""
         node = self.nodes.pop(name)
         self.network.end(name)
+        node.store.is_lost = True
         for holders in self.holders.values():
             was_held = bool(holders)
             holders.pop(name, None)

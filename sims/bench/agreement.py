@@ -1,9 +1,8 @@
 """`agreement`: 25 real nodes with 10,000 chunks each: from the last one's join until all know what all hold; their memory.
 
 Chunks are a token long and take a page. All nodes but the last are full, and agree, when that one starts; it stores its own as
-soon as it is ready. A node agrees when it finds what the newcomer stored last, as an inventory comes in the order in which it was
-changed, and says that its view of all members is complete. In the end each is asked for what each stored last, and lists all
-that another one holds.
+soon as it is ready. A node agrees on an owner when it finds what that one stored last, as an inventory comes in the order in
+which it was changed, and says that its view of all members is complete. In the end each also lists all that another one holds.
 """
 
 import time
@@ -43,6 +42,8 @@ def run(*, nodes: int = NODES, chunks: int = CHUNKS) -> Sequence[Row]:
         owners[-1].store(running[-1])
         stored_at = time.perf_counter()
         owners[-1].wait_known(client, running)
+        for owner in owners:
+            owner.wait_known(client, running[-1:])
         agreed_at = time.perf_counter()
         for node, owner in product(running, owners):
             assert owner.is_known(client, node), f"{node.instance} doesn't know all that {owner.name} holds"
@@ -65,6 +66,7 @@ class _Owner:
         self._prompts = [list(range(start, start + PROMPT_CHUNKS)) for start in starts]
 
     def store(self, node: NodeProcess) -> None:
+        """Have this instance's node hold them all."""
         with EngineCache.attach(node.config, model="bench", layout=LAYOUT, autostart=False) as cache:
             for tokens in self._prompts:
                 assert cache.store(tokens, torch.zeros(LAYOUT.shape(len(tokens)))) == len(tokens)
@@ -76,6 +78,7 @@ class _Owner:
         return answer["complete"] is True and held == PROMPT_CHUNKS
 
     def wait_known(self, client: httpx2.Client, nodes: Sequence[NodeProcess]) -> None:
+        """Wait until all of `nodes` know it."""
         ends_at = time.perf_counter() + AGREE_S
         for node in nodes:
             while not self.is_known(client, node):
