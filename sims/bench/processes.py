@@ -67,8 +67,9 @@ class Bench:
 
     def stop(self, node: NodeProcess) -> None:
         """End a node as a user would."""
-        node.process.terminate()
-        node.process.wait(END_S)
+        with node.process:  # closes its pipes
+            node.process.terminate()
+            node.process.wait(END_S)
         self._nodes.remove(node)
 
     def stop_all(self) -> None:
