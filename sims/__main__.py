@@ -107,13 +107,14 @@ def refuse(why: str) -> NoReturn:
 
 def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None, *, as_json: bool, plot: Path | None) -> None:
     """Run an experiment, print its figures, and draw them if asked to; exit with 1 if one misses its target."""
+    experiment = EXPERIMENTS[name]
+    if nodes is not None and nodes < experiment.nodes_min:
+        refuse(f"{name} needs at least {experiment.nodes_min} members.")
     try:
         if plot is not None:
             plots.check_can_plot(name)
-        findings = EXPERIMENTS[name].run(seed, nodes, seconds)
-        if plot is not None:
-            plots.plot(findings, plot)
-    except (plots.NoPictureError, ValueError, OSError) as error:
+        findings = experiment.run(seed, nodes, seconds)
+    except plots.NoPictureError as error:
         refuse(str(error))
     except PromiseBrokenError as error:
         typer.echo(f"Error: {error}", err=True)
@@ -122,6 +123,11 @@ def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None,
         typer.echo(figures.as_json(findings))
     else:
         figures.show(findings)
+    if plot is not None:
+        try:
+            plots.plot(findings, plot)
+        except OSError as error:
+            refuse(str(error))
     if findings.missed:
         raise typer.Exit(1)
 

@@ -8,9 +8,10 @@ from random import Random
 import pytest
 import trio
 from trio.testing import MockClock
+from typer.testing import CliRunner
 
 from p2pkv.core.ids import Address
-from sims.experiments.catalogue import EXPERIMENTS
+from sims.__main__ import app
 from sims.experiments.nodes import nodes
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
@@ -57,8 +58,9 @@ def test_the_tool_runs_it_and_refuses_too_few_nodes() -> None:
     ran = sims("nodes", "--nodes", "3", "--seconds", "5", "--json")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("\n") == 1, "nodes' logs don't mix in"
-    with pytest.raises(ValueError, match="at least 6"):
-        EXPERIMENTS["membership"].run(0, nodes=4)
+    refused = CliRunner().invoke(app, ["membership", "--nodes", "4"])
+    assert refused.exit_code == 2
+    assert "at least 6 members" in refused.stderr
 
 
 # --- the network of streams -----------------------------------------------------------------------------------------------
