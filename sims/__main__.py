@@ -5,14 +5,15 @@ Exit codes: 0 every promise was kept and every target reached, 1 something broke
 
 from contextlib import nullcontext
 from os import cpu_count
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sims import report
+from sims import plots, report
 from sims.batch import Totals, run_batch
 from sims.experiments import figures
 from sims.experiments.catalogue import EXPERIMENTS, NODES_MAX, NODES_MIN
@@ -48,22 +49,26 @@ def main(
         float | None, typer.Option(min=5, help="How long an experiment lasts, in virtual time.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", dir_okay=False, help="Draw an experiment's picture too.", show_default=False),
+    ] = None,
 ) -> None:
     """Run a scenario over many seeds, every promise checked after every event; or make an experiment's figures."""
     if name is None:
         list_all()
         return
     if name in EXPERIMENTS:
-        make_figures(name, seed or 0, nodes, seconds, as_json=as_json)
+        make_figures(name, seed or 0, nodes, seconds, as_json=as_json, plot=plot)
         return
+    if plot is not None:
+        refuse("a scenario has no picture; experiments have.")
     try:
         scenario = load_scenario(name)
     except ScenarioError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+        refuse(str(error))
     if mutant is not None and mutant not in MUTANTS:
-        typer.echo(f"Error: there is no mutant {mutant!r}; there are {', '.join(MUTANTS)}.", err=True)
-        raise typer.Exit(2)
+        refuse(f"there is no mutant {mutant!r}; there are {', '.join(MUTANTS)}.")
     if seed is not None:
         tell(name, scenario, seed, mutant)
         return
@@ -94,13 +99,35 @@ def list_all() -> None:
     console.print(scenarios, experiments, mutants)
 
 
-def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None, *, as_json: bool) -> None:
-    """Run an experiment and print its figures; exit with 1 if one misses its target."""
-    findings = EXPERIMENTS[name].run(seed, nodes, seconds)
+def refuse(why: str) -> NoReturn:
+    """Say what is wrong with the command line, and exit with 2."""
+    typer.echo(f"Error: {why}", err=True)
+    raise typer.Exit(2)
+
+
+def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None, *, as_json: bool, plot: Path | None) -> None:
+    """Run an experiment, print its figures, and draw them if asked to; exit with 1 if one misses its target."""
+    experiment = EXPERIMENTS[name]
+    if nodes is not None and nodes < experiment.nodes_min:
+        refuse(f"{name} needs at least {experiment.nodes_min} members.")
+    try:
+        if plot is not None:
+            plots.check_can_plot(name)
+        findings = experiment.run(seed, nodes, seconds)
+    except plots.NoPictureError as error:
+        refuse(str(error))
+    except PromiseBrokenError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
     if as_json:
         typer.echo(figures.as_json(findings))
     else:
         figures.show(findings)
+    if plot is not None:
+        try:
+            plots.plot(findings, plot)
+        except OSError as error:
+            refuse(str(error))
     if findings.missed:
         raise typer.Exit(1)
 

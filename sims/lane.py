@@ -32,7 +32,8 @@ class Lane:
 
     def open(self) -> None:
         """Begin to carry."""
-        self.world.clock.after(self.world.network.delay(), lambda: self._carry(0))
+        delay_s = self.world.network.delay(self.order.source, self.target.name)
+        self.world.clock.after(delay_s, lambda: self._carry(0))
 
     def _carry(self, index: int) -> None:
         world, target = self.world, self.target
@@ -59,7 +60,7 @@ class Lane:
         else:
             target.staged[self.order.event_id, key] = data
             self.fetched.append(key)
-        world.clock.after(CHUNK_SHARE * world.network.delay(), lambda: self._carry(index + 1))
+        world.clock.after(CHUNK_SHARE * world.network.delay(source.name, target.name), lambda: self._carry(index + 1))
 
     def _end(self, failure: Failure | None) -> None:
         self.target.cancelled.pop(self.order.event_id, None)

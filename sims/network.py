@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from random import Random
 
 from p2pkv.core.ids import InstanceId
+from sims.layout import Layout, Way
 from sims.scenario import Faults
+
+NO_WAY = Way(delay_s=(0.0, 0.0))
 
 
 @dataclass(order=True, slots=True)
@@ -43,20 +46,29 @@ class Clock:
 
 
 class Network:
-    """Delivers actions with loss, repeats and reorder, as `faults` says at that moment."""
+    """Delivers actions with loss, repeats and reorder, as `faults` says at that moment, over the ways of a layout.
 
-    def __init__(self, clock: Clock, rng: Random, faults: Faults) -> None:
+    Ends are always named the sender first. Without a layout all are equally near.
+    """
+
+    def __init__(self, clock: Clock, rng: Random, faults: Faults, layout: Layout | None = None) -> None:
         self.faults = faults
         self.lost_count = 0
         self.repeated_count = 0
         self._clock = clock
         self._rng = rng
-        self._cut_until: dict[frozenset[InstanceId], float] = {}
+        self._layout = layout
+        self._is_lossy = layout is not None
+        self._cut_until: dict[tuple[InstanceId, InstanceId], float] = {}
         self._clogged_s: dict[InstanceId, float] = {}
 
-    def delay(self) -> float:
-        """A time on the way."""
-        return self._rng.uniform(*self.faults.delay_s)
+    def delay(self, *ends: InstanceId) -> float:
+        """A time on the way between two instances; on that of nobody in particular without them."""
+        by_faults_s = self._rng.uniform(*self.faults.delay_s)
+        return by_faults_s if self._layout is None or not ends else by_faults_s + self._rng.uniform(*self._way(*ends).delay_s)
+
+    def _way(self, one: InstanceId, other: InstanceId) -> Way:
+        return NO_WAY if self._layout is None or one == other else self._layout.way(one, other)
 
     def happens(self, share: float) -> bool:
         """Whether chance, `share` of the time, strikes now."""
@@ -64,19 +76,28 @@ class Network:
 
     def cut(self, one: InstanceId, other: InstanceId, *, seconds: float) -> None:
         """Nothing passes between these two for that long."""
-        self._cut_until[frozenset((one, other))] = self._clock.now + seconds
+        self.deafen(one, other, seconds=seconds)
+        self.deafen(other, one, seconds=seconds)
+
+    def deafen(self, receiver: InstanceId, sender: InstanceId, *, seconds: float) -> None:
+        """Nothing reaches `receiver` from `sender` for that long; the other way round it does."""
+        self._cut_until[sender, receiver] = self._clock.now + seconds
+
+    def is_deaf(self, receiver: InstanceId, sender: InstanceId) -> bool:
+        """Whether nothing from `sender` reaches `receiver` now."""
+        return self._clock.now < self._cut_until.get((sender, receiver), 0.0)
 
     def is_cut(self, one: InstanceId, other: InstanceId) -> bool:
-        """Whether nothing passes between these two now."""
-        return self._clock.now < self._cut_until.get(frozenset((one, other)), 0.0)
+        """Whether nothing passes now in one direction or the other: nobody then opens a connection."""
+        return self.is_deaf(one, other) or self.is_deaf(other, one)
 
     def is_whole(self) -> bool:
         """Whether nobody is cut off from anybody now."""
         return all(until <= self._clock.now for until in self._cut_until.values())
 
-    def reliably(self, action: Callable[[], None]) -> None:
+    def reliably(self, action: Callable[[], None], sender: InstanceId, receiver: InstanceId) -> None:
         """Deliver once, as fast as anything can: link events and the handshake, which a stream delivers first or not at all."""
-        self._clock.after(self.faults.delay_s[0], action)
+        self._clock.after(self.faults.delay_s[0] + self._way(sender, receiver).delay_s[0], action)
 
     def clog(self, name: InstanceId, seconds: float) -> None:
         """From now on, what comes to an instance or from it takes up to that much longer."""
@@ -86,19 +107,22 @@ class Network:
         """Whether what comes to an instance or from it takes longer."""
         return name in self._clogged_s
 
-    def unclog(self) -> None:
-        """Nothing takes longer than `faults` say."""
+    def heal(self) -> None:
+        """From now on nothing goes wrong but what is cut: nothing is lost, and no way takes longer than it has to."""
+        self.faults = Faults()
+        self._is_lossy = False
         self._clogged_s.clear()
 
-    def carelessly(self, action: Callable[[], None], *ends: InstanceId) -> None:
+    def carelessly(self, action: Callable[[], None], sender: InstanceId, receiver: InstanceId) -> None:
         """Deliver never, once, or twice."""
         draw = self._rng.random()
-        if draw < self.faults.loss:
+        lost_on_the_way = self._way(sender, receiver).loss if self._is_lossy else 0.0
+        if draw < self.faults.loss + lost_on_the_way:
             self.lost_count += 1
             return
-        clogged_s = max((self._clogged_s.get(each, 0.0) for each in ends), default=0.0)
+        clogged_s = max(self._clogged_s.get(each, 0.0) for each in (sender, receiver))
         held_up_s = self._rng.uniform(0, clogged_s) if clogged_s else 0.0
-        self._clock.after(held_up_s + self.delay(), action)
+        self._clock.after(held_up_s + self.delay(sender, receiver), action)
         if draw > 1 - self.faults.repeat:
             self.repeated_count += 1
-            self._clock.after(self.delay(), action)
+            self._clock.after(self.delay(sender, receiver), action)

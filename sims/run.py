@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from p2pkv.core.records import EventState
 from sims.ledger import PromiseBrokenError
 from sims.rest import check_at_rest, is_at_rest
-from sims.scenario import Faults, Scenario
+from sims.scenario import Scenario
 from sims.workload import Workload
 from sims.world import JOIN_S, MOVE_DEADLINE_S, Recorder, World
 
@@ -62,8 +62,7 @@ def run_seed(seed: str, scenario: Scenario, recorder: Recorder | None = None) ->
     world.clock.run(until=JOIN_S)
     workload = Workload(world, scenario)
     world.clock.run(until=JOIN_S + scenario.duration_s)
-    world.network.faults = Faults()
-    world.network.unclog()
+    world.network.heal()
     rest_by = world.clock.now + REST_S
     is_quiet = False
     while not is_quiet and world.clock.now < rest_by:

@@ -1,18 +1,18 @@
 """Scenarios as data: what happens in a simulated cluster, and what it has to bear. One yaml file each in `scenarios/`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import yaml
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ValidationError, model_validator
 
+from p2pkv.core.ids import InstanceId
 from p2pkv.core.inventory import LOG_CHANGES
+from sims.layout import Layout, Part, Seconds, Share, load_layout
 
 FOLDER = Path(__file__).parent / "scenarios"
 
-Share = Annotated[float, Ge(0), Le(1)]
-Seconds = Annotated[float, Ge(0), Le(3600)]
 Count = Annotated[int, Ge(0), Le(100_000)]
 PositiveCount = Annotated[int, Ge(1), Le(100_000)]
 
@@ -21,17 +21,14 @@ class ScenarioError(Exception):
     """No such scenario, or its file is wrong; the text says what to change."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Faults(_Part):
+class Faults(Part):
     """What goes wrong by chance while the workload runs.
 
     Attributes:
         loss: Share of messages that never arrive.
         repeat: Share of messages that arrive twice.
-        delay_s: Shortest and longest time on the way. Each message draws its own, so a long one lets others overtake it.
+        delay_s: Shortest and longest time on the way, beside what the layout says. Each message draws its own, so a long one
+            lets others overtake it.
         lane_failure: Share of chunks at which a lane breaks off.
         corruption: Share of chunks whose bytes a lane damages; its check must find them.
         engine_failure: Share of stores that an engine begins and doesn't commit in time: one half hangs, the other dies.
@@ -45,7 +42,7 @@ class Faults(_Part):
     engine_failure: Share = 0.0
 
 
-class Blows(_Part):
+class Blows(Part):
     """What is done to whole instances, how often in a run. Every other blow waits for a move to reach a phase drawn for it.
 
     Attributes:
@@ -56,6 +53,11 @@ class Blows(_Part):
         stalls: An instance stands still for a while, as a stopped process does.
         stops: The same, for so long that the others must think it dead.
         clogs: All that comes to an instance, or from it, arrives up to seconds late, until the end.
+        slows: From then on an instance stands still again and again, as on a host that is too busy.
+        deafs: An instance doesn't hear another for a while, which hears it.
+        set_backs: An instance ends without a word, and is started again with its wall clock set back by an hour.
+        group_cuts: A group of the layout and all the others don't hear each other for a while.
+        group_deafs: A group of the layout doesn't hear its nearest one for a while, which hears it.
     """
 
     crashes: Count = 0
@@ -65,9 +67,14 @@ class Blows(_Part):
     stalls: Count = 0
     stops: Count = 0
     clogs: Count = 0
+    slows: Count = 0
+    deafs: Count = 0
+    set_backs: Count = 0
+    group_cuts: Count = 0
+    group_deafs: Count = 0
 
 
-class Lives(_Part):
+class Lives(Part):
     """What must be true of who is thought to live; None for no promise.
 
     Attributes:
@@ -83,7 +90,7 @@ class Lives(_Part):
     false_suspicions: Count | None = None
 
 
-class Prompts(_Part):
+class Prompts(Part):
     """What engines store and users move.
 
     Attributes:
@@ -97,7 +104,7 @@ class Prompts(_Part):
     tokens: tuple[PositiveCount, PositiveCount] = (1, 30)
 
 
-class Operations(_Part):
+class Operations(Part):
     """What engines and users ask for, how often in a run.
 
     Attributes:
@@ -125,12 +132,17 @@ class Operations(_Part):
     one_by_one: bool = False
 
 
-class Scenario(_Part):
+def _layout(value: object) -> object:
+    return load_layout(value) if isinstance(value, str) else value
+
+
+class Scenario(Part):
     """A workload and what it has to bear.
 
     Attributes:
         description: One line for people.
-        instances: How many.
+        instances: How many; a layout says it itself.
+        layout: Where they are: the name of one in `topology/`. Without one all are equally near.
         capacity: Chunks that each can hold.
         peer_fetch: Whether lookups fetch from peers what they miss.
         log_changes: Of its inventory, how many an instance can tell a peer that lags.
@@ -145,6 +157,7 @@ class Scenario(_Part):
 
     description: str
     instances: Annotated[int, Ge(2), Le(128)] = 3
+    layout: Annotated[Layout | None, BeforeValidator(_layout)] = None
     capacity: PositiveCount = 40
     peer_fetch: bool = False
     log_changes: PositiveCount = LOG_CHANGES
@@ -155,6 +168,19 @@ class Scenario(_Part):
     blows: Blows = Blows()
     all_done: bool = False
     lives: Lives = Lives()
+
+    @model_validator(mode="after")
+    def _fits_its_layout(self) -> Self:
+        if self.layout is not None and "instances" in self.model_fields_set:
+            raise ValueError("instances: the layout says how many there are")
+        if self.layout is None and (self.blows.group_cuts or self.blows.group_deafs):
+            raise ValueError("blows on groups need a layout")
+        return self
+
+    @property
+    def names(self) -> tuple[InstanceId, ...]:
+        """Its instances."""
+        return tuple(f"i{index}" for index in range(self.instances)) if self.layout is None else self.layout.names
 
 
 def scenario_names() -> list[str]:

@@ -12,14 +12,19 @@ from p2pkv.core.ids import EventId, InstanceId, Location, Position
 from p2pkv.core.keys import TOKEN_NBYTES, Identity, TokenBytes
 from p2pkv.core.records import EventRecord, Operation, Pinning, Selection
 from sims.engine import chain, within
+from sims.layout import Layout
 from sims.scenario import Scenario
 from sims.sightings import Phase, Role, Sighting
-from sims.world import LEAVE_S, STALL_MAX_S, Answered, World
+from sims.world import JOIN_S, LEAVE_S, STALL_MAX_S, Answered, World
 
 PATIENCE_S = 5.0
 """A blow that waits for a move longer than this falls on anyone."""
 PIN_S = (0.5, 8.0)
 STOP_S = (12.0, 18.0)
+SLOW_STANDS_S, SLOW_RUNS_S = (0.1, 2.0), (0.01, 1.0)
+"""How long a slow instance stands still, and then runs, each time."""
+GROUP_CUT_S = (1.0, 15.0)
+"""Some groups are back before the others think them dead, some long after."""
 CLOG_S = 1.5
 """The longest that a clogged link holds a message up: three times what a probe waits."""
 PHASES = [phase for phase in Phase if phase is not Phase.ENDED]
@@ -83,6 +88,11 @@ class Workload:
             (self._stall, blows.stalls),
             (self._stop, blows.stops),
             (self._clog, blows.clogs),
+            (self._slow, blows.slows),
+            (self._deafen, blows.deafs),
+            (self._set_back, blows.set_backs),
+            (self._cut_group, blows.group_cuts),
+            (self._deafen_group, blows.group_deafs),
         ]
         for strike in (strike for strike, count in counts for _ in range(count)):
             blow = _Blow(strike, self._rng.choice(list(Role)), self._rng.choice(PHASES))
@@ -204,3 +214,38 @@ class Workload:
 
     def _clog(self, name: InstanceId, _others: list[InstanceId]) -> None:
         self._world.network.clog(name, CLOG_S)
+
+    def _slow(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        """An instance stands still and runs, until nothing goes wrong any more."""
+        stands_s, runs_s = self._rng.uniform(*SLOW_STANDS_S), self._rng.uniform(*SLOW_RUNS_S)
+        if self._world.clock.now + stands_s < JOIN_S + self._scenario.duration_s:
+            self._world.stall(name, stands_s)
+            self._world.clock.after(stands_s + runs_s, partial(self._slow, name, []))
+
+    def _deafen(self, name: InstanceId, others: list[InstanceId]) -> None:
+        other = self._rng.choice(others or [each for each in self._names if each != name])
+        self._world.network.deafen(name, other, seconds=self._rng.uniform(0.1, 10.0))
+
+    def _set_back(self, name: InstanceId, others: list[InstanceId]) -> None:
+        if self._world.nodes[name].is_up:
+            self._world.set_clock_back(name)
+            self._crash(name, others)
+
+    def _cut_group(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        layout = self._layout()
+        inside, seconds = layout.groups[layout.group_of(name)], self._rng.uniform(*GROUP_CUT_S)
+        for one in inside:
+            for other in self._names:
+                if other not in inside:
+                    self._world.network.cut(one, other, seconds=seconds)
+
+    def _deafen_group(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        layout = self._layout()
+        group, seconds = layout.group_of(name), self._rng.uniform(*GROUP_CUT_S)
+        for receiver in layout.groups[group]:
+            for sender in layout.groups[layout.nearest(group)]:
+                self._world.network.deafen(receiver, sender, seconds=seconds)
+
+    def _layout(self) -> Layout:
+        assert self._scenario.layout is not None, "blows on groups come with a layout"
+        return self._scenario.layout

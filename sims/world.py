@@ -12,7 +12,7 @@ from p2pkv.core.chunks import PAGE_NBYTES
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import AnswerValue, Effect
 from p2pkv.core.events import DialFailed, Event, LeaveRequested, LinkLost, LinkOpened, MessageReceived, SiblingsFound
-from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, RequestId, StageId
+from p2pkv.core.ids import Address, EventId, Generation, InstanceId, LinkId, RequestId, StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Goodbye, Hello, Message
@@ -31,6 +31,7 @@ JOIN_S = 2.0
 MOVE_DEADLINE_S = 60.0
 LEASE_S = 10.0
 LEAVE_S = 2.0
+SET_BACK_S = 3600.0
 STALL_MAX_S = 15.0
 """A node that stands still can't keep a deadline; it gets that much more."""
 
@@ -69,15 +70,18 @@ class World:
     def __init__(self, seed: str, scenario: Scenario, recorder: Recorder | None = None, *, timers_of: TimersOf = lan) -> None:
         self.seed = seed
         self.clock = Clock()
-        self.network = Network(self.clock, Random(f"{seed}:network"), scenario.faults)
-        deadline_s = MOVE_DEADLINE_S + (STALL_MAX_S if scenario.blows.stalls else 0.0)
+        self.network = Network(self.clock, Random(f"{seed}:network"), scenario.faults, scenario.layout)
+        deadline_s = MOVE_DEADLINE_S + (STALL_MAX_S if scenario.blows.stalls or scenario.blows.slows else 0.0)
         self.promises = Promises(self.clock, move_deadline_s=deadline_s, lease_s=LEASE_S)
         self.nodes: dict[InstanceId, Node] = {}
         self.engines: dict[InstanceId, Engine] = {}
         self.event_count = 0
         self.false_death_count = 0
         self.witness = Witness(self, scenario.lives)
-        self._addresses = {f"i{index}": Address("virtual", 1 + index) for index in range(scenario.instances)}
+        self._addresses = {name: Address("virtual", 1 + index) for index, name in enumerate(scenario.names)}
+        self._name_at = {address: name for name, address in self._addresses.items()}
+        self._set_back_s = dict.fromkeys(self._addresses, 0.0)
+        self._layout = scenario.layout
         self._capacity = scenario.capacity
         self._peer_fetch = scenario.peer_fetch
         self._log_changes = scenario.log_changes
@@ -107,13 +111,13 @@ class World:
         """Boot an instance and its engine."""
         config = MachineConfig(
             instance=name,
-            generation=self._number(),
+            generation=self._generation(name),
             cluster="simulated",
             ws=self._addresses[name],
             http="",
             transfer=None,
             handoff=HandoffAddress(host_id="virtual", path=name),
-            zone="",
+            zone="" if self._layout is None else self._layout.group_of(name),
             chunk_size=NAMESPACE.chunk_size,
             cpu_limit_nbytes=self._capacity * PAGE_NBYTES,
             descriptor_limit=2 * self._capacity,
@@ -122,7 +126,7 @@ class World:
             leave_s=LEAVE_S,
             peer_fetch=self._peer_fetch,
             log_changes=self._log_changes,
-            wall_offset_s=0.0,
+            wall_offset_s=-self._set_back_s[name],
             timers_of=self._timers_of,
         )
         machine = Machine(config, Random(f"{self.seed}:{name}:{config.generation}"), self.clock.now)
@@ -130,6 +134,17 @@ class World:
         self.nodes[name], self.engines[name] = node, Engine(self, node)
         self.engines[name].attach()
         self.happen(node, SiblingsFound(tuple(self._addresses.values())))
+
+    def _generation(self, name: InstanceId) -> Generation:
+        """By its wall clock, whose milliseconds are the numbers here, and above the last one, which its host has kept."""
+        last = self.nodes[name].machine.config.generation if name in self.nodes else 0
+        by_clock = self._number() - int(1000 * self._set_back_s[name])
+        self.promises.sightings.counts["booted by a clock set back"] += last >= by_clock
+        return max(by_clock, last + 1)
+
+    def set_clock_back(self, name: InstanceId) -> None:
+        """From its next boot on, an instance's wall clock is an hour late, or one more."""
+        self._set_back_s[name] += SET_BACK_S
 
     def crash(self, name: InstanceId) -> None:
         """End an instance without a word; its links break."""
@@ -220,7 +235,8 @@ class World:
     def _perform_one(self, node: Node, effect: Effect) -> None:
         match effect:
             case effects.OpenLink():
-                self.network.reliably(lambda: self._dial(node, effect.address))
+                peer = self._name_at.get(effect.address, node.name)
+                self.network.reliably(lambda: self._dial(node, effect.address), node.name, peer)
             case effects.CloseLink():
                 self._close(node, effect.link, effect.reason)
             case effects.SendMessage():
@@ -272,12 +288,12 @@ class World:
         if other is None:
             return
         peer, far = other
-        self.network.reliably(lambda: self.happen(node, LinkLost(link, reason)))
-        self.network.reliably(lambda: self._break(peer, far, node.name))
+        self.network.reliably(lambda: self.happen(node, LinkLost(link, reason)), node.name, node.name)
+        self.network.reliably(lambda: self._break(peer, far, node.name), node.name, peer.name)
 
     def _break(self, node: Node, link: LinkId, peer: InstanceId) -> None:
         """The end of a link reaches its other end, unless nothing passes between them."""
-        if not self.network.is_cut(node.name, peer) and node.links.pop(link, None) is not None:
+        if not self.network.is_deaf(node.name, peer) and node.links.pop(link, None) is not None:
             self.happen(node, LinkLost(link, "closed by the peer"))
 
     def _send(self, node: Node, link: LinkId, message: Message) -> None:
@@ -291,9 +307,9 @@ class World:
             else:
                 self._break(node, link, peer.name)
 
-        if self.network.is_cut(node.name, peer.name):
+        if self.network.is_deaf(peer.name, node.name):
             self.network.lost_count += 1
         elif isinstance(message, Hello | Goodbye):
-            self.network.reliably(arrive)
+            self.network.reliably(arrive, node.name, peer.name)
         else:
             self.network.carelessly(arrive, node.name, peer.name)

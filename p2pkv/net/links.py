@@ -22,7 +22,15 @@ from p2pkv.net.dial_rules import DialRules
 from p2pkv.net.driver import EventSink
 from p2pkv.net.logs import logger
 from p2pkv.net.proof import Prover
-from p2pkv.net.websockets import WEBSOCKET_ERRORS, Websocket, dial_websocket, end_name, first_reason
+from p2pkv.net.websockets import (
+    WEBSOCKET_ERRORS,
+    Connect,
+    Websocket,
+    connect_tcp,
+    dial_websocket,
+    end_name,
+    first_reason,
+)
 from p2pkv.wire.codec import peer_codec
 from p2pkv.wire.limits import MAX_MESSAGE_NBYTES
 from p2pkv.wire.proof import Who
@@ -125,11 +133,13 @@ class PeerLinks:
     Args:
         prover: Proves that this node belongs to the cluster, and finds out who else does.
         dial_rules: Which addresses may be dialed.
+        connect: Makes the connections to them.
     """
 
-    def __init__(self, prover: Prover, dial_rules: DialRules) -> None:
+    def __init__(self, prover: Prover, dial_rules: DialRules, connect: Connect = connect_tcp) -> None:
         self._prover = prover
         self._dial_rules = dial_rules
+        self._connect = connect
         self._links: dict[LinkId, _Link] = {}
         self._ids = count(1)
         self._link_lost = trio.Event()
@@ -139,7 +149,8 @@ class PeerLinks:
         failure: str | None = None
         is_open = False
         try:
-            async with dial_websocket(await self._dial_rules.permitted(address), PEER_PATH) as websocket:
+            places = await self._dial_rules.permitted(address)
+            async with dial_websocket(places, PEER_PATH, connect=self._connect) as websocket:
                 proven = await self._prove(websocket, self._prover.prove_to_acceptor)
                 if proven is not None:
                     is_open = True

@@ -68,11 +68,19 @@ WEBSOCKET_ERRORS = (
 WebsocketHandler = Callable[[WebSocketRequest], Awaitable[None]]
 """Accepts the request and keeps the websocket until it is done with it."""
 
+Connect = Callable[[Sequence[Address]], Awaitable[tuple[Address, trio.abc.Stream]]]
+"""Connects to the first of several addresses of one host that takes a connection, and says which one it is; raises OSError."""
+
 _log = logger("websockets")
 
 
+async def connect_tcp(places: Sequence[Address]) -> tuple[Address, trio.abc.Stream]:
+    """As `names.connect`, within `DIAL_S`."""
+    return await connect(places, within_s=DIAL_S)
+
+
 async def serve_websockets(
-    listener: trio.SocketListener,
+    listener: trio.abc.Listener[trio.abc.Stream],
     routes: Mapping[str, WebsocketHandler],
     guard: DoorGuard,
     *,
@@ -81,7 +89,7 @@ async def serve_websockets(
     """Serve websockets by their path until cancelled; a path without a route gets 404.
 
     Args:
-        listener: Bound and listening.
+        listener: Bound and listening; of TCP, or of whatever else carries bytes in order.
         routes: By path, without a query.
         guard: Of this node's doors; whoever isn't a foreign web page gets to the routes.
         task_status: Told when connections are taken.
@@ -95,7 +103,7 @@ async def serve_websockets(
 
 @asynccontextmanager
 async def dial_websocket(
-    places: Sequence[Address], path: str, headers: Sequence[tuple[bytes, bytes]] = ()
+    places: Sequence[Address], path: str, headers: Sequence[tuple[bytes, bytes]] = (), *, connect: Connect = connect_tcp
 ) -> AsyncIterator["Websocket"]:
     """A websocket to `path`, open within `DIAL_S`; its connection is closed on exit, without a handshake.
 
@@ -103,13 +111,14 @@ async def dial_websocket(
         places: Addresses of one host, to be tried in turn; at least one.
         path: Of the door.
         headers: Sent along.
+        connect: Makes the connection.
 
     Raises:
         ExceptionGroup: Of `WEBSOCKET_ERRORS`.
     """
     async with trio.open_nursery() as nursery:
         with trio.fail_after(DIAL_S) as limit:
-            place, connected = await connect(places, within_s=DIAL_S)
+            place, connected = await connect(places)
             async with connected as stream:
                 websocket = Websocket(
                     stream,
@@ -232,7 +241,7 @@ class Websocket(WebSocketConnection):
 
 
 async def _serve_stream(
-    stream: trio.SocketStream, *, routes: Mapping[str, WebsocketHandler], guard: DoorGuard, places: trio.Semaphore
+    stream: trio.abc.Stream, *, routes: Mapping[str, WebsocketHandler], guard: DoorGuard, places: trio.Semaphore
 ) -> None:
     try:
         places.acquire_nowait()

@@ -8,6 +8,7 @@ from typing import Any
 from sims.bench.report import print_rows
 
 BENCHES = {
+    "agreement": "25 nodes with 10,000 chunks each: until all know what all hold; memory a node",
     "directory": "a view of 100 members with 10,000 chunks each: memory, prefix lookups, updates",
     "handoff": "32 chunks of 32 MiB between two instances of one host",
     "tcp": "the same over loopback TCP with checksums, beside a bare transfer",

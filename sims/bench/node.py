@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sims.bench.processes import NodeProcess, open_bench
+from sims.bench.processes import open_bench, resident_nbytes
 from sims.bench.report import Row
 
 STARTS = 5
@@ -20,7 +20,7 @@ def run() -> Sequence[Row]:
             node = bench.start("bench1")
             ready.append(node.ready_s)
             time.sleep(SETTLE_S)
-            memory.append(_resident_nbytes(node) / 1e6)
+            memory.append(resident_nbytes(node) / 1e6)
             mapped = [name for name in HEAVY if f"/{name}/" in Path(f"/proc/{node.process.pid}/maps").read_text()]
             assert not mapped, f"the node has loaded {mapped}"
             bench.stop(node)
@@ -28,8 +28,3 @@ def run() -> Sequence[Row]:
         Row("process start to ready line", "s", tuple(ready), "<= 1.5"),
         Row("resident memory, idle (anonymous and file pages)", "MB", tuple(memory), "<= 80"),
     )
-
-
-def _resident_nbytes(node: NodeProcess) -> int:
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{node.process.pid}/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))

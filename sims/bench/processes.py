@@ -67,8 +67,9 @@ class Bench:
 
     def stop(self, node: NodeProcess) -> None:
         """End a node as a user would."""
-        node.process.terminate()
-        node.process.wait(END_S)
+        with node.process:  # closes its pipes
+            node.process.terminate()
+            node.process.wait(END_S)
         self._nodes.remove(node)
 
     def stop_all(self) -> None:
@@ -95,6 +96,12 @@ def open_bench() -> Iterator[Bench]:
             else:
                 os.environ["P2PKV_RUNTIME_DIR"] = before
             shutil.rmtree(folder)
+
+
+def resident_nbytes(node: NodeProcess) -> int:
+    """Memory that a node's process has, without chunks: those are shared memory."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{node.process.pid}/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
 
 
 def free_port() -> int:

@@ -9,9 +9,10 @@ from sims.experiments.convergence import convergence
 from sims.experiments.figures import Findings
 from sims.experiments.lifeguard import lifeguard
 from sims.experiments.membership import membership
+from sims.experiments.nodes import nodes
 from sims.experiments.partition import partition
 
-NODES_MIN, NODES_MAX = 6, 128
+NODES_MIN, NODES_MAX = 3, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,14 @@ class Experiment:
         description: One line for people.
         measure: Makes the figures, given a seed, how many members, and how long.
         nodes: How many members there are if nobody says.
+        nodes_min: With fewer it shows nothing.
         seconds: Virtual seconds of whatever it is about if nobody says; None when its length is fixed.
     """
 
     description: str
     measure: Callable[[int, int, float], Findings]
     nodes: int = 100
+    nodes_min: int = 6
     seconds: float | None = None
 
     def run(self, seed: int, nodes: int | None = None, seconds: float | None = None) -> Findings:
@@ -41,5 +44,12 @@ EXPERIMENTS = {
     "partition": Experiment("two halves can't hear each other for a while: how long until all agree", partition, seconds=60.0),
     "churn": Experiment("members crash, leave and join, one blow a second", churn, seconds=120.0),
     "convergence": Experiment("an inventory changes: rounds, seconds and bytes until all know", convergence),
+    "nodes": Experiment(
+        "real nodes over streams in memory: one is killed, one link is cut",
+        nodes,
+        nodes=5,
+        nodes_min=3,
+        seconds=60.0,
+    ),
     "broadcast": Experiment("Gossip Glomers' broadcast, 100 ms links", broadcast, nodes=25, seconds=20.0),
 }

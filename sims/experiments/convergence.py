@@ -21,7 +21,7 @@ from p2pkv.core.messages import (
     Status,
 )
 from sims.experiments.cluster import Cluster
-from sims.experiments.figures import Figure, Findings, percentile, spread
+from sims.experiments.figures import Figure, Findings, Sample, percentile, spread
 from sims.experiments.prompts import CHANGE_NBYTES, held_count, store
 from sims.world import Node
 
@@ -79,12 +79,22 @@ def convergence(seed: int, nodes: int, _seconds: float) -> Findings:
             store(cluster, owner, number, chunks)
             cluster.run(WAIT_S)
         found.figures += _figures(cluster, changes, chunks)
+        found.samples.append(_sample(cluster, changes, chunks))
     return found
+
+
+def _name(chunks: int) -> str:
+    return f"{chunks} chunk{'s' if chunks > 1 else ''}"
+
+
+def _sample(cluster: Cluster, changes: list[Change], chunks: int) -> Sample:
+    known_s = tuple(each for change in changes for each in change.known_s.values())
+    return Sample(_name(chunks), known_s, len(changes) * (len(cluster.nodes) - 1))
 
 
 def _figures(cluster: Cluster, changes: list[Change], chunks: int) -> list[Figure]:
     nodes = len(cluster.nodes)
-    name = f"{chunks} chunk{'s' if chunks > 1 else ''}"
+    name = _name(chunks)
     learnt = sum(len(change.known_s) for change in changes)
     all_s = [max(change.known_s.values()) for change in changes if len(change.known_s) == nodes - 1]
     all_rounds = [float(max(change.rounds.values())) for change in changes]

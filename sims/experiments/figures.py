@@ -46,14 +46,40 @@ class Figure:
         return is_low and (self.at_least is None or self.value >= self.at_least)
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What figures were made of, for a picture: how long it took each that came to know of something.
+
+    Attributes:
+        name: Of what.
+        values: Seconds.
+        expected_count: How many were to come to know.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    expected_count: int
+
+
 @dataclass(slots=True)
 class Findings:
-    """All figures of one run of an experiment."""
+    """All figures of one run of an experiment.
+
+    Attributes:
+        experiment: Its name.
+        nodes: How many members it had.
+        seed: Of the run.
+        figures: In the order of the table.
+        samples: What a picture is drawn from.
+        trace: Digest of all that happened, where one is taken; equal for equal runs.
+    """
 
     experiment: str
     nodes: int
     seed: int
     figures: list[Figure] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    trace: str | None = None
 
     def __getitem__(self, name: str) -> float | None:
         """The value of the figure of that name."""

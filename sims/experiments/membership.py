@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import chain
 
 from sims.experiments.cluster import Cluster, Turn
-from sims.experiments.figures import Figure, Findings, spread
+from sims.experiments.figures import Figure, Findings, Sample, spread
 from sims.scenario import Faults
 
 VICTIMS = 10
@@ -39,13 +39,19 @@ def membership(seed: int, nodes: int, _seconds: float) -> Findings:
         found.figures += idle(Cluster(f"{seed}:idle", count), count)
     cluster = Cluster(f"{seed}:killed", nodes)
     found.figures += idle(cluster, nodes)
-    found.figures += ends(cluster, "killed", cluster.crashes, KILLED_S)
+    _add(found, *ends(cluster, "killed", cluster.crashes, KILLED_S))
     cluster = joined(f"{seed}:silent", nodes)
-    found.figures += ends(cluster, "silent", lambda name: cluster.stops(name, 2 * (VICTIMS * PAUSE_S + SILENT_S)), SILENT_S)
+    silent_s = 2 * (VICTIMS * PAUSE_S + SILENT_S)
+    _add(found, *ends(cluster, "silent", lambda name: cluster.stops(name, silent_s), SILENT_S))
     lossy = joined(f"{seed}:half lost", nodes)
     lossy.network.faults = Faults(loss=0.5, delay_s=HALF_LOST_DELAY_S)
-    found.figures += ends(lossy, "killed, half lost", lossy.crashes, HALF_LOST_S, then_s=NO_DEATH_S)
+    _add(found, *ends(lossy, "killed, half lost", lossy.crashes, HALF_LOST_S, then_s=NO_DEATH_S))
     return found
+
+
+def _add(found: Findings, figures: list[Figure], sample: Sample) -> None:
+    found.figures += figures
+    found.samples.append(sample)
 
 
 def joined(seed: str, nodes: int) -> Cluster:
@@ -69,7 +75,7 @@ def idle(cluster: Cluster, nodes: int) -> list[Figure]:
     ]
 
 
-def ends(cluster: Cluster, name: str, blow: Blow, bar_s: float, *, then_s: float = 0.0) -> list[Figure]:
+def ends(cluster: Cluster, name: str, blow: Blow, bar_s: float, *, then_s: float = 0.0) -> tuple[list[Figure], Sample]:
     """Let blows fall on members one after another, and see who learns of it and when."""
     names = list(cluster.nodes)
     victims = names[1 :: max(1, len(names) // VICTIMS)][: min(VICTIMS, len(names) // 3)]
@@ -84,10 +90,12 @@ def ends(cluster: Cluster, name: str, blow: Blow, bar_s: float, *, then_s: float
     learnt = [[each for each in cluster.known_s(turn, well) if each is not None] for turn in struck]
     by_all = [max(known_s) for known_s in learnt if len(known_s) == len(well)]
     wrong = [each for each in cluster.false_deaths() if each.member in well]
-    return [
-        Figure(f"{name}: share that learnt", sum(map(len, learnt)) / (len(struck) * len(well)), at_least=1.0),
-        *spread(f"{name}: known by one", list(chain(*learnt)), "s"),
+    sample = Sample(name, tuple(chain(*learnt)), len(struck) * len(well))
+    figures = [
+        Figure(f"{name}: share that learnt", len(sample.values) / sample.expected_count, at_least=1.0),
+        *spread(f"{name}: known by one", sample.values, "s"),
         *spread(f"{name}: known by all", by_all, "s", p99_below=bar_s),
         Figure(f"{name}: live ones declared dead", len(wrong), at_most=0.0),
         Figure(f"{name}: bytes a second and node meanwhile", nbytes, "B"),
     ]
+    return figures, sample

@@ -17,9 +17,13 @@ SEEDS = {
     "lossy": 40,
     "moves": 40,
     "peer_fetch": 20,
+    "racks": 12,
     "restarts": 8,
+    "set_back": 16,
     "short_log": 20,
     "silent": 8,
+    "slow": 12,
+    "zones": 12,
 }
 
 

@@ -56,6 +56,7 @@ def test_ownership_ends_in_every_way(how: str) -> None:
         "already there",
         "answer to a closed attempt",
         "attempt closed unanswered",
+        "booted by a clock set back",
         "engine stored outgoing",
         "gone answer",
         "lane failed",

@@ -22,7 +22,13 @@ def traces(name: str, hash_seed: str) -> list[str]:
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.parametrize("name", [name for name in scenario_names() if name != "long"])
+SLOW_TO_RUN = {"racks", "set_back", "slow", "zones"}
+SCENARIOS = [
+    pytest.param(name, marks=pytest.mark.long if name in SLOW_TO_RUN else ()) for name in scenario_names() if name != "long"
+]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_a_seed_replays_the_same_under_any_hash_seed(name: str) -> None:
     one, other = traces(name, "1"), traces(name, "2")
     assert one == other

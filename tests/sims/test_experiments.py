@@ -22,7 +22,7 @@ from tests.sims.test_tool import sims
 def test_all_learn_of_a_killed_member_within_its_bar() -> None:
     cluster = Cluster("killed", 12)
     assert cluster.join() is not None
-    found = Findings("membership", 12, 0, ends(cluster, "killed", cluster.crashes, 2.0))
+    found = Findings("membership", 12, 0, ends(cluster, "killed", cluster.crashes, 2.0)[0])
     assert found.missed == []
     assert found["killed: share that learnt"] == 1.0
     assert 0 < (found["killed: known by all, max"] or 0) < 2.0
@@ -31,7 +31,7 @@ def test_all_learn_of_a_killed_member_within_its_bar() -> None:
 def test_a_silent_member_is_known_dead_after_its_suspicion_and_no_other() -> None:
     cluster = Cluster("silent", 12)
     cluster.join()
-    found = Findings("membership", 12, 0, ends(cluster, "silent", lambda name: cluster.stops(name, 60), 10.0))
+    found = Findings("membership", 12, 0, ends(cluster, "silent", lambda name: cluster.stops(name, 60), 10.0)[0])
     assert found.missed == []
     assert (found["silent: known by all, max"] or 0) > 3.0, "nobody is declared dead before the shortest suspicion is over"
 
