@@ -24,6 +24,8 @@ KEY_MIN_NBYTES = 32
 """Of a cluster key: as many as the subkeys that are derived from it have."""
 KEY_MAX_NBYTES = 4096
 """Any secret that people make is shorter; a longer file is the wrong one."""
+STREAMS_MAX = 16
+"""All the lanes that an instance runs at the same time."""
 
 
 def is_address(host: str) -> bool:
@@ -107,6 +109,14 @@ def _host(value: str, info: ValidationInfo) -> str:
     return value
 
 
+def _streams(value: object) -> object:
+    if value == "auto":
+        return value
+    if str(value) not in map(str, range(1, STREAMS_MAX + 1)):  # a variable of the environment is a text
+        raise ValueError(f"must be auto, or a number from 1 to {STREAMS_MAX}, not {value!r}")
+    return int(str(value))
+
+
 def _host_of(value: Address, info: ValidationInfo) -> Address:
     _host(value.host, info)
     return value
@@ -178,7 +188,8 @@ class NodeConfig(BaseModel):
         allowed_peer_networks: Where members may be dialed; None for the networks that this node's own addresses lie in.
             Contacts always may.
         same_host_handoff: False: never pass descriptors, always send bytes over TCP.
-        transfer_streams: TCP streams of one move; this version has one.
+        transfer_streams: TCP streams among which the chunks that one move fetches are dealt, 1 to 16; `auto` for half as many
+            as the processors it may use, at least 1 and at most 4.
         transfer_rate_limit: MiB/s that all lanes of this node together may send; None for no limit.
         leave_s: How long a leaving node may take to end its moves, seconds.
         move_deadline_s: A move ends by then, seconds from its start.
@@ -221,7 +232,7 @@ class NodeConfig(BaseModel):
     tls_key: Annotated[object, _not_yet(None)] = None
     tls_ca: Annotated[object, _not_yet(None)] = None
     same_host_handoff: bool = True
-    transfer_streams: Annotated[object, _not_yet("auto", 1, "1")] = "auto"
+    transfer_streams: Annotated[Literal["auto"] | int, BeforeValidator(_streams)] = "auto"
     transfer_rate_limit: Annotated[float, BeforeValidator(number), Field(ge=1, allow_inf_nan=False)] | None = None
     leave_s: Seconds = 2.0
     allowed_peer_networks: Annotated[tuple[Network, ...] | None, BeforeValidator(items), Field(max_length=256)] = None
@@ -300,6 +311,13 @@ class NodeConfig(BaseModel):
     def cpu_limit_nbytes(self) -> int:
         """Limit of LocalCPUBackend, in bytes; 0 when there is none."""
         return int(self.max_local_cpu_size * GIB) if self.local_cpu else 0
+
+    @property
+    def stream_count(self) -> int:
+        """TCP streams of one fetch."""
+        if self.transfer_streams == "auto":
+            return min(max(len(os.sched_getaffinity(0)) // 2, 1), 4)
+        return self.transfer_streams
 
     @property
     def prefaulted_limit_nbytes(self) -> int:

@@ -231,7 +231,8 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
     machine = Machine(machine_config, secrets.SystemRandom(), trio.current_time())
     prefaulted, closing = PrefaultedMemory(config.prefaulted_limit_nbytes), ClosingThread()
     store, links = CpuStore(prefaulted, closing.close_soon), PeerLinks(security.prover, security.dial_rules)
-    fetcher = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=TcpFetcher(store, security.dial_rules))
+    tcp = TcpFetcher(store, security.dial_rules, config.stream_count)
+    fetcher = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=tcp)
     driver = Driver(machine, memory=store, links=links, fetcher=fetcher)
     return _Parts(
         config=config,

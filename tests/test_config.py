@@ -1,5 +1,6 @@
 """The configuration: what is taken, what is refused, and that every problem is told at once."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -96,7 +97,6 @@ def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> 
         "tls_cert: /c",
         "tls_key: /k",
         "tls_ca: /a",
-        "transfer_streams: 4",
     ],
 )
 def test_what_this_version_does_not_have_yet_is_refused_by_name(write: Write, line: str) -> None:
@@ -110,8 +110,23 @@ def test_a_rate_limit_is_at_least_a_mebibyte_a_second(write: Write, limit: str) 
 
 def test_how_bytes_travel_can_be_chosen(write: Write) -> None:
     keys = "same_host_handoff: false\ntransfer_rate_limit: 100\ntransfer_streams: 1\n"
-    config = NodeConfig.from_yaml(write(f"{NEEDED}{keys}"), {"P2PKV_TRANSFER_STREAMS": "1"})
-    assert (config.same_host_handoff, config.transfer_rate_limit) == (False, 100.0)
+    config = NodeConfig.from_yaml(write(f"{NEEDED}{keys}"), {"P2PKV_TRANSFER_STREAMS": "3"})
+    assert (config.same_host_handoff, config.transfer_rate_limit, config.stream_count) == (False, 100.0, 3)
+
+
+@pytest.mark.parametrize(("processor_count", "streams"), [(1, 1), (2, 1), (6, 3), (64, 4)])
+def test_streams_are_half_as_many_as_processors_and_at_most_4(
+    write: Write, monkeypatch: pytest.MonkeyPatch, processor_count: int, streams: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processor_count)))
+    assert NodeConfig.from_yaml(write(NEEDED), {}).stream_count == streams
+
+
+@pytest.mark.parametrize("streams", ["0", "17", "2.5", "true", "many"])
+def test_streams_are_a_few_or_auto(write: Write, streams: str) -> None:
+    assert "transfer_streams: must be auto, or a number from 1 to 16, not " in problems(
+        write(f"{NEEDED}transfer_streams: {streams}\n")
+    )
 
 
 def test_a_node_can_do_without_storage_and_on_any_free_port(write: Write) -> None:

@@ -1,9 +1,10 @@
 """A TCP lane once it is open: whole shards through a blocking socket, in threads.
 
-Blocking calls in a thread carry twice as many bytes as the event loop can. The source sends from the sealed memfd itself:
-nothing is copied, and nothing changes on its way. The target receives into memory that was faulted in ahead, where the store
-has such; else through one small buffer that stays in the processor's cache, and by `pwrite`: faults in a map of fresh memory
-would cost more than that copy. Every call gives up the GIL.
+Blocking calls in a thread carry twice as many bytes as the event loop can. The source sends from a map of the sealed memfd:
+nothing changes on its way. `sendfile` would save it that copy, but makes packets of single pages, which cost the target more.
+The target receives into memory that was faulted in ahead, where the store has such; else through one small buffer that stays in
+the processor's cache, and by `pwrite`: faults in a map of fresh memory would cost more than that copy. Every call gives up the
+GIL.
 
 A cancelled lane is shut down, which wakes its thread within milliseconds; the thread is always waited for, as it writes memory.
 """
@@ -15,8 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
-from functools import partial
+from contextlib import asynccontextmanager, suppress
 from mmap import MAP_PRIVATE, PROT_READ, mmap
 from typing import TypeVar, TypeVarTuple
 
@@ -99,7 +99,7 @@ class TcpLane:
                 with payload[offset : offset + slice_nbytes] as piece:
                     if checksum is None:
                         digest.update(piece)
-                    self._send(len(piece), partial(_send_file, self._connection, descriptor, offset, offset + len(piece)))
+                    self._send(piece)
         checksum = checksum or digest.digest()
         self.send(checksum)
         return checksum
@@ -110,7 +110,7 @@ class TcpLane:
         Args:
             expected: What its header must say.
             descriptor: Of memory for that many bytes; nobody else uses it until this returns.
-            warm: A map of all of it, if its pages are there already; closed when this returns or raises.
+            warm: A map of all of it, if its pages are there already; the caller's.
 
         Returns:
             The checksum, which is right; None when the source doesn't hold the chunk, and nothing was written.
@@ -119,16 +119,12 @@ class TcpLane:
             RemoteProtocolError: Another shard came, or other bytes than were sent, or the lane ended.
             OSError: The connection broke, or nothing came.
         """
-        with warm or nullcontext():
-            header = ShardHeader.decode(self._receive_bytes(SHARD_HEADER_NBYTES))
-            if header == ShardHeader(expected.key, worker=0, nbytes=0):
-                return None
-            if header != expected:
-                raise RemoteProtocolError("it sent a shard that wasn't asked for")
-            if warm is None:
-                computed = self._receive_fresh(header.nbytes, descriptor)
-            else:
-                computed = self._receive_warm(header.nbytes, warm)
+        header = ShardHeader.decode(self._receive_bytes(SHARD_HEADER_NBYTES))
+        if header == ShardHeader(expected.key, worker=0, nbytes=0):
+            return None
+        if header != expected:
+            raise RemoteProtocolError("it sent a shard that wasn't asked for")
+        computed = self._receive_fresh(header.nbytes, descriptor) if warm is None else self._receive_warm(header.nbytes, warm)
         checksum = self._receive_bytes(CHECKSUM_NBYTES)
         if computed != checksum:
             raise RemoteProtocolError("a shard arrived with another checksum than it was sent with")
@@ -136,24 +132,24 @@ class TcpLane:
 
     def send(self, data: bytes) -> None:
         """Send at most `SLICE_NBYTES`, within `STALL_S` after the rate limit lets them pass."""
-        view = memoryview(data)
-        self._send(len(data), lambda sent_nbytes: self._connection.send(view[sent_nbytes:]))
+        with memoryview(data) as piece:
+            self._send(piece)
 
-    def _send(self, nbytes: int, send_from: Callable[[int], int]) -> None:
-        """Send one slice by `send_from`, which is told how much of it is out, and tells how much more it sent."""
-        wait_s = 0.0 if self._limit is None else self._limit.reserve(nbytes)
+    def _send(self, piece: memoryview) -> None:
+        wait_s = 0.0 if self._limit is None else self._limit.reserve(len(piece))
         if wait_s:
             self._end.poll(wait_s * 1000)  # a lane that ends meanwhile is noticed by the send
         sent_nbytes = 0
         gives_up_at = time.monotonic() + STALL_S
-        while sent_nbytes < nbytes:
+        while sent_nbytes < len(piece):
             try:
-                sent_nbytes += send_from(sent_nbytes)
+                with piece[sent_nbytes:] as rest:
+                    sent_nbytes += self._connection.send(rest)
             except BlockingIOError:
                 break
             if time.monotonic() >= gives_up_at:
                 break
-        if sent_nbytes < nbytes:
+        if sent_nbytes < len(piece):
             raise TimeoutError(f"it took too little of what was sent for {STALL_S:g} s")
 
     def _receive_fresh(self, nbytes: int, descriptor: int) -> bytes:
@@ -236,13 +232,6 @@ def _choose_congestion_control(connection: socket.socket) -> None:
     if connection.getsockname()[0] == connection.getpeername()[0]:
         with suppress(OSError):  # a kernel without it keeps its own choice
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
-
-
-def _send_file(connection: socket.socket, descriptor: int, start: int, end: int, sent_nbytes: int) -> int:
-    count = os.sendfile(connection.fileno(), descriptor, start + sent_nbytes, end - start - sent_nbytes)
-    if not count:
-        raise OSError("a shard's memory is shorter than its payload")
-    return count
 
 
 def _write(descriptor: int, piece: memoryview, offset: int) -> None:

@@ -140,6 +140,7 @@ WRONG = {
     "cluster_key": ("short", "must be a text of 32 to 4096 bytes"),
     "same_host_handoff": ("maybe", "valid boolean"),
     "transfer_rate_limit": ("0", "greater than or equal to 1"),
+    "transfer_streams": ("17", "must be auto, or a number from 1 to 16"),
     "leave_s": ("0", "greater than 0"),
     "allowed_peer_networks": ("[10.0.0.1/8]", "must be a network"),
     "insecure_network": ("maybe", "valid boolean"),
@@ -155,7 +156,6 @@ NOT_YET = {
     "tls_cert": "/cert",
     "tls_key": "/key",
     "tls_ca": "/ca",
-    "transfer_streams": "4",
 }
 
 
@@ -381,6 +381,25 @@ async def test_without_same_host_handoff_bytes_go_over_tcp(write: Write, without
         await store(a, PROMPT)
         moved = await move(a, PROMPT)
         assert (await ask(a, "GET", f"/events/{moved['event_id']}"))["lane"] == "tcp"
+
+
+def lanes_to(node: Node) -> list[str]:
+    """Connections that the node's transfer address has accepted, as the kernel tells of them."""
+    local = f":{node.addresses.transfer.port:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [address for _, address, _, state, *_ in rows if address.endswith(local) and state == "01"]
+
+
+async def test_a_fetch_has_as_many_streams_as_are_asked_for(write: Write) -> None:
+    async with joined(write("a", *SLOW), write("b", "transfer_streams: 3")) as (a, _):
+        prompt = list(range(4 * MIB_TOKENS))
+        await store(a, prompt)
+        await move(a, prompt, wait_s=0)
+        with trio.fail_after(5):
+            while len(lanes_to(a)) < 3:  # noqa: ASYNC110 - the kernel tells nobody
+                await trio.sleep(0.01)
+        await trio.sleep(0.1)
+        assert len(lanes_to(a)) == 3
 
 
 async def test_transfers_keep_to_the_rate(write: Write) -> None:

@@ -18,7 +18,7 @@ from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import Address
 from p2pkv.core.keys import ChunkKey
 from p2pkv.errors import ErrorCode, Failure, RouteRefusedError
-from p2pkv.net import lanes, tcp_lane, tcp_source
+from p2pkv.net import lanes, tcp_lane, tcp_source, tcp_target
 from p2pkv.net.descriptors import send_frame
 from p2pkv.net.dial_rules import LOOPBACK, DialRules
 from p2pkv.net.lanes import expect, send
@@ -67,11 +67,11 @@ async def address(source: Source) -> AsyncIterator[Address]:
 
 
 async def fetch(
-    store: CpuStore, address: Address, chunks: Sequence[Chunk], ticket: bytes = TICKET
+    store: CpuStore, address: Address, chunks: Sequence[Chunk], ticket: bytes = TICKET, streams: int = 1
 ) -> tuple[list[ChunkKey], Failure | None]:
     fetched: list[ChunkKey] = []
     with trio.fail_after(10):
-        failure = await TcpFetcher(store, DialRules(LOOPBACK)).fetch(order_of(address, chunks, ticket), fetched)
+        failure = await TcpFetcher(store, DialRules(LOOPBACK), streams).fetch(order_of(address, chunks, ticket), fetched)
     return fetched, failure
 
 
@@ -105,6 +105,51 @@ async def test_all_shards_arrive_as_they_were(
         assert content(store, chunk.key) == content(source.store, chunk.key)
     assert store.statistics().resident_nbytes == source.store.statistics().resident_nbytes
     await settles(before + chunk_count * worker_count)
+
+
+@pytest.mark.parametrize(("streams", "chunk_count"), [(4, 1), (4, 3), (4, 10), (16, 240)])
+async def test_chunks_are_dealt_among_streams(
+    source: Source, address: Address, store: CpuStore, streams: int, chunk_count: int
+) -> None:
+    chunks = [chunk_of(number) for number in range(chunk_count)]
+    source.hold(*chunks)
+    source.grant(*chunks)
+    fetched, failure = await fetch(store, address, chunks, streams=streams)
+    assert failure is None
+    assert sorted(fetched) == [chunk.key for chunk in chunks]
+    for chunk in chunks:
+        store.admit(EVENT, chunk.key)
+        assert content(store, chunk.key) == content(source.store, chunk.key)
+
+
+async def test_streams_that_find_no_place_leave_their_chunks_to_the_others(
+    source: Source, address: Address, store: CpuStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp_source, "CONNECTIONS_MAX", 2)
+    async with serving(source) as narrow:
+        chunks = [chunk_of(number) for number in range(20)]
+        source.hold(*chunks)
+        source.grant(*chunks)
+        fetched, failure = await fetch(store, narrow, chunks, streams=8)
+    assert (len(fetched), failure) == (20, None)
+
+
+async def test_fetches_beside_each_other_share_the_streams_there_are(
+    source: Source, address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp_target, "LANES_AT_ONCE", 3)
+    chunks = [chunk_of(number) for number in range(20)]
+    source.hold(*chunks)
+    source.grant(*chunks)
+    store = CpuStore()
+    fetcher = TcpFetcher(store, DialRules(LOOPBACK), 4)
+    fetched: list[list[ChunkKey]] = [[], [], [], []]
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            for index, each in enumerate(fetched):
+                nursery.start_soon(fetcher.fetch, order_of(address, chunks[5 * index : 5 * index + 5]), each)
+    assert [len(each) for each in fetched] == [5, 5, 5, 5]
+    store.close()
 
 
 async def test_a_checksum_travels_with_its_shard(source: Source, address: Address, store: CpuStore) -> None:
@@ -238,7 +283,7 @@ async def test_a_cancelled_fetch_frees_memory_that_was_faulted_in_ahead(warm_sto
     answer = shard(1, b"x" * WARM_NBYTES)[:MIB]
     async with cheat(answer) as address, trio.open_nursery() as nursery:
         order = order_of(address, [chunk_of(1, nbytes=WARM_NBYTES)])
-        nursery.start_soon(TcpFetcher(warm_store, DialRules(LOOPBACK)).fetch, order, [])
+        nursery.start_soon(TcpFetcher(warm_store, DialRules(LOOPBACK), 1).fetch, order, [])
         with trio.fail_after(2):
             while not warm_store.statistics().staged_count:  # noqa: ASYNC110 - the store tells nobody
                 await trio.sleep(0.001)
@@ -353,7 +398,7 @@ async def cheat(answer: bytes, ticket: bytes = TICKET, *, then_ends: bool = Fals
         await trio.sleep_forever()
 
     async def serve_quietly(stream: trio.SocketStream) -> None:
-        with suppress(*lanes.LANE_ERRORS):
+        with suppress(*lanes.LANE_ERRORS, trio.BrokenResourceError):  # who is lied to may end it first
             await serve(stream)
 
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -443,7 +488,7 @@ async def test_a_source_that_dies_or_stops_ends_the_lane_and_what_came_whole_sta
     async with source_process(chunks, nbytes_per_s=20 * MIB) as (address, process):
 
         async def fetch_all() -> None:
-            failures.append(await TcpFetcher(store, DialRules(LOOPBACK)).fetch(order_of(address, chunks), fetched))
+            failures.append(await TcpFetcher(store, DialRules(LOOPBACK), 1).fetch(order_of(address, chunks), fetched))
 
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
@@ -462,7 +507,7 @@ async def test_a_cancelled_fetch_wakes_its_thread_and_drops_what_is_not_whole(st
     before = len(open_descriptors())
     async with cheat(GOOD + shard(2)[:1000]) as address, trio.open_nursery() as nursery:
         order = order_of(address, [chunk_of(1), chunk_of(2)])
-        nursery.start_soon(TcpFetcher(store, DialRules(LOOPBACK)).fetch, order, fetched)
+        nursery.start_soon(TcpFetcher(store, DialRules(LOOPBACK), 1).fetch, order, fetched)
         with trio.fail_after(2):
             while store.statistics().staged_count < 2:  # noqa: ASYNC110 - the store tells nobody
                 await trio.sleep(0.001)

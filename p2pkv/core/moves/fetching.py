@@ -19,8 +19,9 @@ from p2pkv.errors import ErrorCode, Failure
 
 HANDOFF_BATCH = Room(nbytes=2**40, descriptors=240)
 """A message carries at most 253 descriptors (`man 7 unix`, SCM_MAX_FD); bytes cost nothing."""
-TCP_BATCH = Room(nbytes=2**28, descriptors=240)
-"""A quarter of a second, after which the source hears how far it has got. A single chunk may be larger."""
+TCP_BATCH = Room(nbytes=2**29, descriptors=240)
+"""An eighth to half of a second, after which the source hears how far it has got; its lanes are opened anew, which takes some
+5 ms. A single chunk may be larger."""
 
 
 def routes_between(source: MemberRecord, target: MemberRecord) -> list[Route]:
