@@ -1,0 +1,226 @@
+"""How changes spread when members relay each other's logs, round by round: up to tens of thousands of members in bitmaps.
+
+Each member has links to a few others. Every round it draws three of them, and each exchange has up to four messages (`relayed`):
+its digest, with what it has *learnt of late*; the other's wants, and heads of its own; the changes wanted there, with its own
+wants; the changes wanted here. What was asked of one isn't asked of another in the same round, as `gossip` asks nothing twice
+within `ASK_AGAIN_S`. All say what they knew when the round began, so a change goes one member further in a round and no more.
+
+A sample of changes is followed, each of another origin, so many new ones a round: a bit for each member and change says whether
+it knows. Not modelled: who is alive, rounds that don't begin together, and the repair that finds what was never learnt (the
+roots differ): who would need it is counted.
+
+Source: push-pull epidemics, Demers et al., "Epidemic Algorithms for Replicated Database Maintenance", 1987.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sims.scale.relayed import Counts
+
+FANOUT = 3
+ROUND_S = 0.2
+LINKS = 24
+"""Of each member."""
+LATE_ROUNDS = 3
+"""So long what was learnt is named in digests."""
+CHANGES = 512
+"""Followed in a run."""
+CHANGES_A_ROUND = 32
+"""New ones a round at most, in a large cluster; in a small one, one for each ten members."""
+PATIENCE_ROUNDS = 40
+"""What isn't known to all so long after the last change, never will be."""
+
+Bits = NDArray[np.uint64]
+Members = NDArray[np.intp]
+
+
+@dataclass(slots=True)
+class Said:
+    """Messages of a run, by what is in each: an entry an exchange, 0 where nothing was sent.
+
+    Attributes:
+        digest_heads: In each digest.
+        answer_wants: In each answer.
+        answer_heads: In each answer.
+        back_wants: In each third message.
+        back_parts: In each third message.
+        last_parts: In each fourth message.
+    """
+
+    digest_heads: list[Counts] = field(default_factory=list)
+    answer_wants: list[Counts] = field(default_factory=list)
+    answer_heads: list[Counts] = field(default_factory=list)
+    back_wants: list[Counts] = field(default_factory=list)
+    back_parts: list[Counts] = field(default_factory=list)
+    last_parts: list[Counts] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Spread:
+    """What came of a run.
+
+    Attributes:
+        nodes: Members.
+        round_count: Rounds until all changes were known to all, or nobody spoke of them any more.
+        known: How many know each change after each round since it was made: a row for each change, from round 0 on.
+        duplicate_count: Changes that came to who knew them.
+        said: All messages.
+    """
+
+    nodes: int
+    round_count: int
+    known: NDArray[np.int64]
+    duplicate_count: int
+    said: Said
+
+    def rounds_until(self, share: float) -> list[float]:
+        """For each change that so many members came to know: after how many rounds."""
+        wanted = int(np.ceil(share * self.nodes - 1e-9))
+        has_enough = self.known >= wanted
+        return [float(each) for each in has_enough[has_enough.any(axis=1)].argmax(axis=1)]
+
+    @property
+    def learnt_count(self) -> int:
+        """How often anyone learnt of a change."""
+        return int((self.known[:, -1] - 1).sum())
+
+    @property
+    def share_that_learnt(self) -> float:
+        """Of those who were to."""
+        return self.learnt_count / (len(self.known) * (self.nodes - 1))
+
+
+def mesh(nodes: int, links: int, rng: np.random.Generator) -> Members:
+    """Whom each has a link to, a row each: everyone, if there are so few; else its neighbours in random rings."""
+    if nodes <= links + 1:
+        return np.array([[other for other in range(nodes) if other != one] for one in range(nodes)], np.intp)
+    neighbours = np.empty((nodes, links), np.intp)
+    for ring in range(0, links, 2):
+        order = rng.permutation(nodes)
+        neighbours[order, ring] = np.roll(order, 1)
+        neighbours[order, ring + 1] = np.roll(order, -1)
+    return neighbours
+
+
+class Epidemic:
+    """A cluster, from the first change until all is known."""
+
+    def __init__(
+        self,
+        nodes: int,
+        rng: np.random.Generator,
+        *,
+        loss: float = 0.0,
+        links: int = LINKS,
+        changes: int = CHANGES,
+        late_rounds: int = LATE_ROUNDS,
+    ) -> None:
+        self._nodes, self._rng, self._loss, self._changes = nodes, rng, loss, changes
+        self._links = mesh(nodes, links, rng)
+        self._known: Bits = np.zeros((nodes, -(-changes // 64)), np.uint64)
+        self._learnt_of_late: deque[Bits] = deque(maxlen=late_rounds)
+        self._made_in: list[int] = []
+        self._duplicate_count = 0
+        self._said = Said()
+
+    def run(self) -> Spread:
+        """Let changes happen and spread."""
+        a_round = min(CHANGES_A_ROUND, max(1, self._nodes // 10))
+        history: list[NDArray[np.int64]] = []
+        round_count = 0
+        while True:
+            made = self._make(min(a_round, self._changes - len(self._made_in)), round_count)
+            if self._learnt_of_late:
+                self._learnt_of_late[-1] |= made
+            else:
+                self._learnt_of_late.append(made)
+            history.append(self._counts())
+            is_over = len(self._made_in) == self._changes and (history[-1] == self._nodes).all()
+            if is_over or round_count - self._made_in[-1] > PATIENCE_ROUNDS:
+                break
+            self._learnt_of_late.append(self._exchange())
+            round_count += 1
+        known = np.stack(history, axis=1)
+        since = np.array(self._made_in)[:, None] + np.arange(known.shape[1])
+        known = np.take_along_axis(known, np.minimum(since, known.shape[1] - 1), axis=1)
+        return Spread(self._nodes, round_count, known, self._duplicate_count, self._said)
+
+    def _make(self, count: int, round_index: int) -> Bits:
+        """So many changes, each by another member."""
+        made = np.zeros_like(self._known)
+        for origin in self._rng.choice(self._nodes, count, replace=False).tolist():
+            number = len(self._made_in)
+            made[origin, number // 64] |= np.uint64(1 << number % 64)
+            self._made_in.append(round_index)
+        self._known |= made
+        return made
+
+    def _counts(self) -> NDArray[np.int64]:
+        """How many know each change."""
+        bits = np.unpackbits(self._known.view(np.uint8), axis=1, bitorder="little", count=self._changes)
+        return bits.sum(axis=0, dtype=np.int64)
+
+    def _arrives(self, count: int) -> NDArray[np.bool_]:
+        return self._rng.random(count) >= self._loss
+
+    def _exchange(self) -> Bits:
+        """One round; returns what each learnt."""
+        known, late = self._known, np.bitwise_or.reduce(list(self._learnt_of_late))
+        ones = np.repeat(np.arange(self._nodes), FANOUT)
+        others = self._rng.permuted(self._links, axis=1)[:, :FANOUT].ravel()
+        mine, theirs = late[ones], late[others]
+        asked = known.copy()
+        is_heard = self._arrives(len(ones))
+        wants = self._ask(asked, others, np.where(is_heard[:, None], mine, np.uint64(0)))
+        offers = np.where(is_heard[:, None], theirs & ~mine, np.uint64(0))
+        is_answered = is_heard & self._arrives(len(ones))
+        back_wants = self._ask(asked, ones, np.where(is_answered[:, None], offers, np.uint64(0)))
+        back_parts = np.where(is_answered[:, None], wants, np.uint64(0))
+        has_arrived = is_answered & self._arrives(len(ones))
+        last_parts = np.where(has_arrived[:, None], back_wants, np.uint64(0))
+        has_ended = has_arrived & self._arrives(len(ones))
+        learnt = np.zeros_like(known)
+        self._take(learnt, others[has_arrived], back_parts[has_arrived])
+        self._take(learnt, ones[has_ended], last_parts[has_ended])
+        self._known = known | learnt
+        said = self._said
+        said.digest_heads.append(_count(mine))
+        said.answer_wants.append(_count(wants))
+        said.answer_heads.append(_count(offers))
+        said.back_wants.append(_count(back_wants))
+        said.back_parts.append(_count(back_parts))
+        said.last_parts.append(_count(last_parts))
+        return learnt
+
+    def _take(self, learnt: Bits, members: Members, parts: Bits) -> None:
+        """Changes reach members."""
+        for of_each in _one_each(members):
+            at, came = members[of_each], parts[of_each]
+            self._duplicate_count += int(_count(came & (self._known[at] | learnt[at])).sum())
+            learnt[at] |= came
+
+    def _ask(self, asked: Bits, members: Members, named: Bits) -> Bits:
+        """What members want of what is named to them, one exchange after another; what they want is `asked` from then on."""
+        wants = np.zeros_like(named)
+        for of_each in _one_each(members):
+            at = members[of_each]
+            wants[of_each] = named[of_each] & ~asked[at]
+            asked[at] |= wants[of_each]
+        return wants
+
+
+def _one_each(members: Members) -> list[Members]:
+    """All places in `members`, cut so that no part has a member twice: the first of each, the second of each, ..."""
+    order = np.argsort(members, kind="stable")
+    ordered = members[order]
+    ranks = np.arange(len(ordered)) - ordered.searchsorted(ordered)
+    by_rank = order[np.argsort(ranks, kind="stable")]
+    return np.split(by_rank, np.bincount(ranks).cumsum()[:-1]) if len(ordered) else []
+
+
+def _count(bits: Bits) -> Counts:
+    counts: Counts = np.bitwise_count(bits).sum(axis=1, dtype=np.int64)
+    return counts
