@@ -3,8 +3,10 @@
 Exit codes: 0 every promise was kept and every target reached, 1 something broke or missed its target, 2 wrong usage.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from os import cpu_count
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +17,7 @@ from rich.table import Table
 from sims import report
 from sims.batch import Totals, run_batch
 from sims.experiments import figures
-from sims.experiments.catalogue import EXPERIMENTS, NODES_MAX, NODES_MIN
+from sims.experiments.catalogue import EXPERIMENTS, MODELLED_MAX, NODES_MIN, TRACE_EXPERIMENTS
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
 from sims.run import run_seed
@@ -42,10 +44,14 @@ def main(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many at once.")] = cpu_count() or 1,
     nodes: Annotated[
-        int | None, typer.Option(min=NODES_MIN, max=NODES_MAX, help="How many members an experiment has.", show_default=False)
+        int | None,
+        typer.Option(min=NODES_MIN, max=MODELLED_MAX, help="How many members an experiment has.", show_default=False),
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=5, help="How long an experiment lasts, in virtual time.", show_default=False)
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Requests that `replay` replays.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -54,7 +60,10 @@ def main(
         list_all()
         return
     if name in EXPERIMENTS:
-        make_figures(name, seed or 0, nodes, seconds, as_json=as_json)
+        make_figures(lambda: EXPERIMENTS[name].run(seed or 0, nodes, seconds), as_json=as_json)
+        return
+    if name in TRACE_EXPERIMENTS:
+        make_figures(lambda: TRACE_EXPERIMENTS[name].run(trace, nodes), as_json=as_json)
         return
     try:
         scenario = load_scenario(name)
@@ -91,12 +100,18 @@ def list_all() -> None:
     experiments = Table("experiment", "what is measured", title="./dev sim NAME", title_justify="left")
     for name, experiment in EXPERIMENTS.items():
         experiments.add_row(name, experiment.description)
+    for name, of_trace in TRACE_EXPERIMENTS.items():
+        experiments.add_row(f"{name} --trace FILE", of_trace.description)
     console.print(scenarios, experiments, mutants)
 
 
-def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None, *, as_json: bool) -> None:
+def make_figures(run: Callable[[], figures.Findings], *, as_json: bool) -> None:
     """Run an experiment and print its figures; exit with 1 if one misses its target."""
-    findings = EXPERIMENTS[name].run(seed, nodes, seconds)
+    try:
+        findings = run()
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
     if as_json:
         typer.echo(figures.as_json(findings))
     else:

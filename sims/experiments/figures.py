@@ -48,12 +48,23 @@ class Figure:
 
 @dataclass(slots=True)
 class Findings:
-    """All figures of one run of an experiment."""
+    """All figures of one run of an experiment.
+
+    Attributes:
+        experiment: Its name.
+        nodes: How many members there were.
+        seed: What was drawn by lot.
+        figures: All numbers.
+        about: What has to be known about them all, for people; empty where the real machines ran.
+        curves: For pictures: by name, a value for each round, from the beginning on.
+    """
 
     experiment: str
     nodes: int
     seed: int
     figures: list[Figure] = field(default_factory=list)
+    about: str = ""
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float | None:
         """The value of the figure of that name."""
@@ -71,12 +82,22 @@ def as_json(findings: Findings) -> str:
         {"name": each.name, "value": each.value, "unit": each.unit, "target": each.target, "met": each.is_met}
         for each in findings.figures
     ]
-    return json.dumps({"experiment": findings.experiment, "nodes": findings.nodes, "seed": findings.seed, "figures": figures})
+    return json.dumps(
+        {
+            "experiment": findings.experiment,
+            "nodes": findings.nodes,
+            "seed": findings.seed,
+            "about": findings.about,
+            "figures": figures,
+            "curves": findings.curves,
+        }
+    )
 
 
 def show(findings: Findings) -> None:
     """Print the table."""
     title = f"{findings.experiment}, {findings.nodes} members, seed {findings.seed}"
+    title += f" ({findings.about})" if findings.about else ""
     table = Table("figure", "value", "target", "met", title=title, title_justify="left")
     for each in findings.figures:
         value = "-" if each.value is None else f"{_number(each.value)} {each.unit}".rstrip()

@@ -1,7 +1,7 @@
 """What members would say to each other if they relayed each other's logs, and what that takes on the wire.
 
-Nothing in p2pkv sends these. They are dataclasses like `p2pkv/core/messages.py`, so that the peers' own codec says how long they
-are. What is repeated in a message lies packed in one field, as the changes of an `InventoryDelta` do:
+Nothing in p2pkv sends these. They are dataclasses as in `p2pkv/core/messages.py`, so that the peers' own codec says how long
+they are. What is repeated in a message lies packed in one field, as the changes of an `InventoryDelta` do:
 
     head: an origin's boot (a hash of instance and generation, 8 bytes) and the sequence that its log has got to (4).
     want: which of the other's heads (2 bytes), and the sequence from which on (4).
