@@ -17,7 +17,8 @@ from p2pkv.core.inventory import InventoryLog
 from p2pkv.core.rows import InventoryEntry
 
 CHUNK_TOKENS = 512
-GENERATION = 1
+GENERATION = 1_800_000_000_000
+"""As large as real ones, milliseconds since 1970: it is in every message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ ABSENT = 20_000
 """Chunks that nobody holds, looked for in each filter; also as prefixes of two."""
 NEW_SHARE = 0.1
 """So many more are added to a filter before the next one is built."""
-WEIGHTS = 400_000_000
-"""Of members for chunks, in the directory: so many chunks are looked at."""
+LISTED = 40_000
+"""Chunks in the directory."""
 DEAD_SHARE = 0.01
 
 
@@ -179,7 +179,7 @@ def _sparse_view(found: Findings, rng: np.random.Generator) -> None:
 def _directory(found: Findings, rng: np.random.Generator) -> None:
     """Who keeps what, and what changes when some die."""
     nodes = found.nodes
-    chunks, members = _drawn(rng, WEIGHTS // max(nodes, 1000)), _drawn(rng, nodes)
+    chunks, members = _drawn(rng, LISTED), _drawn(rng, nodes)
     before = keepers(chunks, members)
     loads = np.bincount(before.ravel(), minlength=nodes)
     living = np.sort(rng.permutation(nodes)[max(1, round(DEAD_SHARE * nodes)) :])

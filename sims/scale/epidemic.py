@@ -1,10 +1,10 @@
 """How changes spread when members relay each other's logs, round by round: up to tens of thousands of members in bitmaps.
 
 Each member has links to a few others. Every round it draws three of them. An exchange has up to four messages (`relayed`): its
-digest, with what it has *learnt of late*; the other's wants, and what that has learnt itself; the changes wanted there, with its
-own wants; the changes wanted here. A member's exchanges in a round follow each other, six in 200 ms, so it wants nothing that
-another has just brought, and wants again what was lost. What it names is what it knew when the round began: a change goes one
-member further in a round and no more.
+digest, with what it has *learnt of late*; the other's wants, and what that has learnt; the changes wanted there, with its own
+wants; the changes wanted here. A member's exchanges in a round follow each other, six in 200 ms, so it wants nothing that one
+before has brought, and wants again what was lost. What it names is what it knew when the round began: a change goes one member
+further in a round and no more.
 
 A sample of changes is followed, each of another origin, so many new ones a round: a bit for each member and change says whether
 it knows. Not modelled: who is alive, rounds that don't begin together, and the repair that finds what was never learnt (the
