@@ -49,7 +49,8 @@ def read_trace(path: Path) -> list[Request]:
                 at, tokens, chunk_ids = said["timestamp"] / 1000, int(said["input_length"]), tuple(map(int, said["hash_ids"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} of {path} is no request: {error!r}") from error
-            if len(chunk_ids) != -(-tokens // CHUNK_TOKENS) or (requests and at < requests[-1].at):
+            is_cut = tokens > 0 and len(chunk_ids) == -(-tokens // CHUNK_TOKENS)
+            if not is_cut or (requests and at < requests[-1].at):
                 raise ValueError(
                     f"line {number} of {path} has chunks that aren't {CHUNK_TOKENS} tokens each, or is out of order"
                 )

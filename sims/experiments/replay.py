@@ -57,6 +57,8 @@ def replay(trace: Path, sizes: Sequence[int]) -> Findings:
     """
     requests = read_trace(trace)
     over_s = requests[-1].at - requests[0].at
+    if not over_s:
+        raise ValueError(f"all requests of {trace} come at once")
     about = f"{len(requests):,} requests in {over_s:,.0f} s, {STORE_CHUNKS:,} chunks of {CHUNK_TOKENS} tokens an instance"
     found = Findings("replay", max(sizes), 0, about=about)
     total = sum(request.tokens for request in requests)

@@ -97,13 +97,27 @@ def test_it_reports_each_size_and_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}\n", "[1]\n", '{"timestamp": 0, "input_length": 600, "hash_ids": [1]}\n', "not json\n"]
+    "text",
+    [
+        "",
+        "{}\n",
+        "[1]\n",
+        "not json\n",
+        '{"timestamp": 0, "input_length": 0, "hash_ids": []}\n',
+        '{"timestamp": 0, "input_length": 600, "hash_ids": [1]}\n',
+        '{"timestamp": 1, "input_length": 9, "hash_ids": [1]}\n{"timestamp": 0, "input_length": 9, "hash_ids": [1]}\n',
+    ],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"trace\.jsonl"):
         read_trace(path)
+
+
+def test_rates_over_no_time_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at once"):
+        replay(write(tmp_path / "trace.jsonl", request(1.0, 1)), (2,))
 
 
 def test_the_tool_wants_a_trace_that_exists(tmp_path: Path) -> None:
