@@ -3,6 +3,7 @@
 Exit codes: 0 every promise was kept and every target reached, 1 something broke or missed its target, 2 wrong usage.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from os import cpu_count
 from pathlib import Path
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from sims import plots, report
 from sims.batch import Totals, run_batch
+from sims.errors import ExperimentError
 from sims.experiments import figures
-from sims.experiments.catalogue import EXPERIMENTS, NODES_MAX, NODES_MIN
+from sims.experiments.catalogue import EXPERIMENTS, MODELLED_MAX, NODES_MIN, TRACE_EXPERIMENTS
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
 from sims.run import run_seed
@@ -43,10 +45,14 @@ def main(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many at once.")] = cpu_count() or 1,
     nodes: Annotated[
-        int | None, typer.Option(min=NODES_MIN, max=NODES_MAX, help="How many members an experiment has.", show_default=False)
+        int | None,
+        typer.Option(min=NODES_MIN, max=MODELLED_MAX, help="How many members an experiment has.", show_default=False),
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=5, help="How long an experiment lasts, in virtual time.", show_default=False)
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Requests that `replay` replays.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
@@ -59,7 +65,10 @@ def main(
         list_all()
         return
     if name in EXPERIMENTS:
-        make_figures(name, seed or 0, nodes, seconds, as_json=as_json, plot=plot)
+        make_figures(name, lambda: EXPERIMENTS[name].run(seed or 0, nodes, seconds), as_json=as_json, plot=plot)
+        return
+    if name in TRACE_EXPERIMENTS:
+        make_figures(name, lambda: TRACE_EXPERIMENTS[name].run(trace, nodes), as_json=as_json, plot=plot)
         return
     if plot is not None:
         refuse("a scenario has no picture; experiments have.")
@@ -96,6 +105,8 @@ def list_all() -> None:
     experiments = Table("experiment", "what is measured", title="./dev sim NAME", title_justify="left")
     for name, experiment in EXPERIMENTS.items():
         experiments.add_row(name, experiment.description)
+    for name, of_trace in TRACE_EXPERIMENTS.items():
+        experiments.add_row(f"{name} --trace FILE", of_trace.description)
     console.print(scenarios, experiments, mutants)
 
 
@@ -105,16 +116,13 @@ def refuse(why: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def make_figures(name: str, seed: int, nodes: int | None, seconds: float | None, *, as_json: bool, plot: Path | None) -> None:
+def make_figures(name: str, run: Callable[[], figures.Findings], *, as_json: bool, plot: Path | None) -> None:
     """Run an experiment, print its figures, and draw them if asked to; exit with 1 if one misses its target."""
-    experiment = EXPERIMENTS[name]
-    if nodes is not None and nodes < experiment.nodes_min:
-        refuse(f"{name} needs at least {experiment.nodes_min} members.")
     try:
         if plot is not None:
             plots.check_can_plot(name)
-        findings = experiment.run(seed, nodes, seconds)
-    except plots.NoPictureError as error:
+        findings = run()
+    except ExperimentError as error:
         refuse(str(error))
     except PromiseBrokenError as error:
         typer.echo(f"Error: {error}", err=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sims.errors import ExperimentError
 from sims.experiments.figures import Findings
 
 if TYPE_CHECKING:
@@ -16,29 +17,25 @@ if TYPE_CHECKING:
 SIZE_INCHES, DOTS_AN_INCH = (8.0, 4.5), 120
 
 
-class NoPictureError(Exception):
-    """There is no picture of an experiment, or nothing to draw it with; the text says which."""
-
-
 def check_can_plot(experiment: str) -> None:
     """Whether an experiment has a picture, before it runs for minutes.
 
     Raises:
-        NoPictureError: It has none, or matplotlib isn't installed.
+        ExperimentError: It has none, or matplotlib isn't installed.
     """
     if experiment not in PICTURES:
-        raise NoPictureError(f"there is no picture of {experiment!r}; there are of {', '.join(PICTURES)}")
+        raise ExperimentError(f"there is no picture of {experiment!r}; there are of {', '.join(PICTURES)}")
     try:
         import matplotlib.figure  # noqa: F401 - only whether it can be
     except ImportError as error:
-        raise NoPictureError("a picture needs matplotlib, which ./dev installs") from error
+        raise ExperimentError("a picture needs matplotlib, which ./dev installs") from error
 
 
 def plot(findings: Findings, path: Path) -> None:
     """Draw the picture of an experiment's findings into a PNG file.
 
     Raises:
-        NoPictureError: There is none of this experiment.
+        ExperimentError: There is none of this experiment.
         OSError: The file can't be written.
     """
     check_can_plot(findings.experiment)
@@ -54,15 +51,18 @@ def plot(findings: Findings, path: Path) -> None:
 
 
 def draw_shares(axes: "Axes", findings: Findings) -> None:
-    """A curve for each sample: the share of all that were to learn of it, and had, by that time."""
+    """A curve for each sample: the share of all that were to learn of it, and had, by that time; a model's by rounds."""
+    for name, shares in findings.curves.items():
+        axes.plot(range(len(shares)), shares, label=name)
     for sample in findings.samples:
         times = sorted(sample.values)
         shares = [number / sample.expected_count for number in range(1, len(times) + 1)]
         axes.step([0.0, *times], [0.0, *shares], where="post", label=f"{sample.name} ({sample.expected_count:,})")
-    axes.set_xscale("symlog", linthresh=_shortest(findings))
+    if findings.samples:
+        axes.set_xscale("symlog", linthresh=_shortest(findings))
     axes.set_xlim(left=0.0)
     axes.set_ylim(0.0, 1.02)
-    axes.set_xlabel("seconds after it happened")
+    axes.set_xlabel("rounds" if findings.curves else "seconds after it happened")
     axes.set_ylabel("share that knows")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="lower right")
@@ -86,5 +86,6 @@ def draw_counts(axes: "Axes", findings: Findings) -> None:
 PICTURES: dict[str, Callable[["Axes", Findings], None]] = {
     "convergence": draw_shares,
     "membership": draw_shares,
+    "scale": draw_shares,
     "lifeguard": draw_counts,
 }

@@ -70,8 +70,10 @@ class Findings:
         nodes: How many members it had.
         seed: Of the run.
         figures: In the order of the table.
-        samples: What a picture is drawn from.
+        samples: For pictures: how long it took each.
         trace: Digest of all that happened, where one is taken; equal for equal runs.
+        about: What has to be known about them all, for people; empty where the real machines ran.
+        curves: For pictures: by name, a value for each round, from the beginning on.
     """
 
     experiment: str
@@ -80,6 +82,8 @@ class Findings:
     figures: list[Figure] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     trace: str | None = None
+    about: str = ""
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float | None:
         """The value of the figure of that name."""
@@ -97,12 +101,22 @@ def as_json(findings: Findings) -> str:
         {"name": each.name, "value": each.value, "unit": each.unit, "target": each.target, "met": each.is_met}
         for each in findings.figures
     ]
-    return json.dumps({"experiment": findings.experiment, "nodes": findings.nodes, "seed": findings.seed, "figures": figures})
+    return json.dumps(
+        {
+            "experiment": findings.experiment,
+            "nodes": findings.nodes,
+            "seed": findings.seed,
+            "about": findings.about,
+            "figures": figures,
+            "curves": findings.curves,
+        }
+    )
 
 
 def show(findings: Findings) -> None:
     """Print the table."""
     title = f"{findings.experiment}, {findings.nodes} members, seed {findings.seed}"
+    title += f" ({findings.about})" if findings.about else ""
     table = Table("figure", "value", "target", "met", title=title, title_justify="left")
     for each in findings.figures:
         value = "-" if each.value is None else f"{_number(each.value)} {each.unit}".rstrip()

@@ -8,10 +8,11 @@ from matplotlib import rcParams
 from typer.testing import CliRunner, Result
 
 from sims.__main__ import app
+from sims.errors import ExperimentError
 from sims.experiments.catalogue import EXPERIMENTS
 from sims.experiments.convergence import convergence
 from sims.experiments.figures import Figure, Findings, Sample
-from sims.plots import PICTURES, NoPictureError, plot
+from sims.plots import PICTURES, plot
 from tests.sims.test_tool import sims
 
 SHARES = [Sample("killed", (0.1, 0.02, 3.0), 4), Sample("silent", (), 4)]
@@ -41,6 +42,12 @@ def test_each_picture_is_drawn_without_a_display(name: str, tmp_path: Path, monk
     assert "matplotlib.pyplot" not in sys.modules, "its figures are global"
 
 
+def test_a_model_is_drawn_by_rounds(tmp_path: Path) -> None:
+    found = Findings("scale", 300, 0, curves={"300 members: share that knows after each round": [0.01, 0.2, 0.9, 1.0]})
+    plot(found, tmp_path / "picture.png")
+    check_is_picture(tmp_path / "picture.png")
+
+
 def test_a_picture_is_the_same_for_the_same_findings(tmp_path: Path) -> None:
     found = Findings("membership", 6, 0, [], SHARES)
     for name in ("one", "other"):
@@ -58,7 +65,7 @@ def test_an_experiment_brings_what_its_picture_shows() -> None:
 
 
 def test_an_experiment_without_a_picture_is_refused_before_it_runs(tmp_path: Path) -> None:
-    with pytest.raises(NoPictureError, match=r"no picture of 'churn'.*membership"):
+    with pytest.raises(ExperimentError, match=r"no picture of 'churn'.*membership"):
         plot(Findings("churn", 6, 0), tmp_path / "none.png")
     refused = invoke("churn", "--plot", str(tmp_path / "none.png"))
     assert refused.exit_code == 2
