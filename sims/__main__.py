@@ -64,11 +64,8 @@ def main(
     if name is None:
         list_all()
         return
-    if name in EXPERIMENTS:
-        make_figures(name, lambda: EXPERIMENTS[name].run(seed or 0, nodes, seconds), as_json=as_json, plot=plot)
-        return
-    if name in TRACE_EXPERIMENTS:
-        make_figures(name, lambda: TRACE_EXPERIMENTS[name].run(trace, nodes), as_json=as_json, plot=plot)
+    if name in EXPERIMENTS or name in TRACE_EXPERIMENTS:
+        make_figures(name, experiment_of(name, seed or 0, nodes, seconds, trace), as_json=as_json, plot=plot)
         return
     if plot is not None:
         refuse("a scenario has no picture; experiments have.")
@@ -114,6 +111,15 @@ def refuse(why: str) -> NoReturn:
     """Say what is wrong with the command line, and exit with 2."""
     typer.echo(f"Error: {why}", err=True)
     raise typer.Exit(2)
+
+
+def experiment_of(
+    name: str, seed: int, nodes: int | None, seconds: float | None, trace: Path | None
+) -> Callable[[], figures.Findings]:
+    """What makes an experiment's findings."""
+    if name in TRACE_EXPERIMENTS:
+        return lambda: TRACE_EXPERIMENTS[name].run(trace, nodes)
+    return lambda: EXPERIMENTS[name].run(seed, nodes, seconds)
 
 
 def make_figures(name: str, run: Callable[[], figures.Findings], *, as_json: bool, plot: Path | None) -> None:
