@@ -97,8 +97,9 @@ class Directory:
         """For each position of these instances that holds any of `prompts`, the longest prefix there."""
         holders = {self._holders[each]: each for each in instances if each in self._holders}
         positions = np.array([2 * holder + index for holder in holders for index in range(2)], np.intp)
+        positions = positions[self.rows.may_hold(positions)]
         longest = np.zeros(len(positions), np.int64)
-        for prompt in prompts if holders else ():
+        for prompt in prompts if len(positions) else ():
             longest = np.maximum(longest, self._longest(prompt, positions))
         return [
             Held(holders[position // 2], _LOCATIONS[position % 2], num_tokens)

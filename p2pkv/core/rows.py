@@ -181,6 +181,8 @@ class Rows:
         self._blocks = [_Block(_NO_FINGERPRINTS, _NO_TAGS)]
         self._starts: Fingerprints = np.zeros(1, np.uint64)
         """Each block's first fingerprint: it has those up to the next one's."""
+        self._has_had_rows = np.zeros(2 * HOLDERS_MAX, np.bool_)
+        """By position; until its holder's rows are all dropped."""
 
     def __len__(self) -> int:
         """Rows and changes that are kept."""
@@ -202,6 +204,7 @@ class Rows:
         """Changes of one holder, in the order in which they came."""
         order = np.argsort(fingerprints, kind="stable")
         fingerprints, tags = fingerprints[order], tags[order] | np.uint32(holder << 18)
+        self._has_had_rows[tags >> _POSITION_SHIFT] = True
         for block, part in self._cut(fingerprints):
             block.add(fingerprints[part], tags[part])
         for block in [each for each in self._blocks if len(each.fingerprints) > BLOCK_ROWS]:
@@ -228,6 +231,8 @@ class Rows:
 
     def drop(self, holder: HolderId, first: Fingerprint = 0, last: Fingerprint = FINGERPRINT_MAX) -> None:
         """Forget a holder's rows from fingerprint `first` to `last`."""
+        if (first, last) == (0, FINGERPRINT_MAX):
+            self._has_had_rows[2 * holder : 2 * holder + 2] = False
         for block in self._blocks_of(first, last):
             fingerprints, tags = block.merged()
             is_kept = tags >> _HOLDER_SHIFT != holder
@@ -238,6 +243,10 @@ class Rows:
     def _blocks_of(self, first: Fingerprint, last: Fingerprint) -> list[_Block]:
         begin = int(self._starts.searchsorted(np.uint64(first), "right")) - 1
         return self._blocks[begin : int(self._starts.searchsorted(np.uint64(last), "right"))]
+
+    def may_hold(self, positions: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which positions can have rows at all; most instances have no chunks on disk."""
+        return self._has_had_rows[positions]
 
     def held(self, fingerprints: Fingerprints, holder_count: int) -> NDArray[np.bool_]:
         """Who holds each of these chunks: a row for each chunk, a column for each position (`2 * holder + location`)."""

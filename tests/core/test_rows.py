@@ -38,6 +38,7 @@ def check(found: Rows, twin: Twin) -> None:
     for holder, (index, location) in product(range(HOLDERS), enumerate(Location)):
         held = {each for each in fingerprints if (holder, each, location) in twin}
         assert {each for each, is_held in zip(fingerprints, table[:, 2 * holder + index], strict=True) if is_held} == held
+        assert not held or found.may_hold(np.array([2 * holder + index])).all()
     for holder in range(HOLDERS):
         listed = {(each.fingerprint, each.location): each.token_count for each in entries_in(*found.of(holder))}
         assert listed == {key[1:]: tokens for key, tokens in twin.items() if key[0] == holder}
@@ -102,3 +103,13 @@ def test_the_sum_is_of_a_set_and_tells_locations_apart() -> None:
     one, other, moved = entry(7), entry(2**63 + 1), entry(7, location=Location.LOCAL_DISK)
     assert sum_of(one, other) == sum_of(other, one) != sum_of(moved, other)
     assert sum_of() == 0
+
+
+def test_a_position_without_rows_is_known_for_one() -> None:
+    found, of_two = Rows(), np.arange(4)
+    found.apply(1, *unpack(pack(entry(7, location=Location.LOCAL_DISK), present=True)))
+    assert found.may_hold(of_two).tolist() == [False, False, False, True]
+    found.drop(1, 0, 7)
+    assert found.may_hold(of_two).any(), "others of its rows may be left"
+    found.drop(1)
+    assert not found.may_hold(of_two).any()

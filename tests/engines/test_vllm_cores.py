@@ -95,6 +95,7 @@ def test_threads_leave_a_bound_workers_core_and_copy_alone(worker: ProcessPoolEx
 
 
 @pytest.mark.live
+@pytest.mark.long
 @pytest.mark.parametrize("worker", BOUND, indirect=True)
 def test_a_node_that_a_bound_worker_starts_runs_on_all_cores(
     worker: ProcessPoolExecutor, tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch

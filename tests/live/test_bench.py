@@ -97,6 +97,7 @@ def test_where_it_would_have_to_evict_it_refuses(nodes: list[NodeProcess], sourc
     assert not running(a)
 
 
+@pytest.mark.long
 def test_ctrl_c_in_the_middle_of_a_move_leaves_nothing_behind(nodes: list[NodeProcess]) -> None:
     a, slow, _ = nodes
     before = held(a), held(slow)
@@ -129,6 +130,7 @@ def test_what_a_killed_bench_has_left_the_next_one_clears(nodes: list[NodeProces
     assert held(slow) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", ["source", "target"])
 def test_when_an_end_is_lost_the_other_is_cleared(cluster: Cluster, nodes: list[NodeProcess], lost: str) -> None:
     a, slow, _ = nodes

@@ -91,6 +91,7 @@ def slow_move(home: Path, run: Run) -> list[str]:
     return ["move", f"a/{AT}", f"b/{AT}", "--tokens-file", str(file), "--wait"]
 
 
+@pytest.mark.long
 def test_a_long_move_shows_in_a_terminal_how_far_it_is(slow_move: list[str]) -> None:
     terminal, inner = pty.openpty()
     move = subprocess.Popen([*COMMAND, *slow_move], stdout=subprocess.PIPE, stderr=inner, text=True)

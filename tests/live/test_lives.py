@@ -50,7 +50,9 @@ async def cluster(runtime_dir: Path, environ: dict[str, str]) -> AsyncIterator[t
                 process.kill()
 
 
-@pytest.mark.parametrize(("blow", "within_s"), [(signal.SIGKILL, 2.0), (signal.SIGSTOP, 10.0)])
+@pytest.mark.parametrize(
+    ("blow", "within_s"), [(signal.SIGKILL, 2.0), pytest.param(signal.SIGSTOP, 10.0, marks=pytest.mark.long)]
+)
 async def test_an_end_is_known_by_all_in_time(
     runtime_dir: Path, environ: dict[str, str], blow: signal.Signals, within_s: float
 ) -> None:
@@ -60,6 +62,7 @@ async def test_an_end_is_known_by_all_in_time(
         assert all(state_of(node, name) is MemberState.ALIVE for node in watchers for name in WATCHERS)
 
 
+@pytest.mark.long
 async def test_who_stood_still_is_alive_again_when_it_goes_on(runtime_dir: Path, environ: dict[str, str]) -> None:
     async with cluster(runtime_dir, environ) as (watchers, process):
         process.send_signal(signal.SIGSTOP)

@@ -90,6 +90,7 @@ def test_a_small_terminal_shows_what_fits(nodes: list[NodeProcess], columns: int
     assert "Traceback" not in terminal.raw
 
 
+@pytest.mark.long
 def test_when_its_node_is_lost_the_next_member_is_asked(cluster: Cluster) -> None:
     a, b = start_pair(cluster)
     environ = {"P2PKV_CONTROLLER_HTTP_URL": a.http_url.removeprefix("http://")}
@@ -102,6 +103,7 @@ def test_when_its_node_is_lost_the_next_member_is_asked(cluster: Cluster) -> Non
         assert terminal.until_ended() == 0
 
 
+@pytest.mark.long
 def test_a_node_that_was_named_is_tried_until_it_is_back(cluster: Cluster) -> None:
     (a,) = cluster.start(a=(f"http_port: {free_port()}",))
     with open_terminal("top", "--interval", "0.2", "--via", a.http_url) as terminal:

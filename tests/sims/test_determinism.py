@@ -22,7 +22,7 @@ def traces(name: str, hash_seed: str) -> list[str]:
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout.split()
 
 
-SLOW_TO_RUN = {"racks", "set_back", "slow", "zones"}
+SLOW_TO_RUN = {"clogged", "half_lost", "peer_fetch", "racks", "restarts", "set_back", "silent", "slow", "zones"}
 SCENARIOS = [
     pytest.param(name, marks=pytest.mark.long if name in SLOW_TO_RUN else ()) for name in scenario_names() if name != "long"
 ]

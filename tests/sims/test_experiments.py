@@ -72,7 +72,11 @@ def test_a_broadcast_takes_at_least_a_link_and_shows_up_everywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("broadcast", "--nodes", "6", "--seconds", "5"), ("partition", "--nodes", "6", "--seconds", "10")]
+    "arguments",
+    [
+        ("broadcast", "--nodes", "6", "--seconds", "5"),
+        pytest.param(("partition", "--nodes", "6", "--seconds", "10"), marks=pytest.mark.long),
+    ],
 )
 def test_a_seed_gives_the_same_figures_under_any_hash_seed(arguments: tuple[str, ...]) -> None:
     def figures(seed: str, hash_seed: str) -> str:

@@ -9,7 +9,12 @@ CAUGHT = (AssertionError, KeyError)
 """A broken promise and a broken invariant are AssertionErrors; a machine that has lost track of a move stumbles over it."""
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+SLOW_TO_CATCH = {"drops_from_a_lost_source", "refutes_nothing", "waits_for_ever"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in SLOW_TO_CATCH else ()) for name in MUTANTS]
+)
 def test_the_mutant_is_caught(name: str) -> None:
     with pytest.raises(CAUGHT):
         run_seeds(name)
