@@ -33,7 +33,7 @@ from p2pkv.core.messages import (
     Pong,
     Status,
 )
-from p2pkv.core.names import Names
+from p2pkv.core.names import Names, why_refused
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.peers import Joined, Link, Lost, Member
 from p2pkv.core.records import LocationStatus, MemberRecord, MemberState
@@ -235,7 +235,8 @@ class Membership:
             self._refuse_name(peer.link, hello, now)
 
     def _refuse_name(self, link: LinkId, hello: Hello, now: float) -> None:
-        detail = f"{hello.me.instance!r} is alive in cluster {self._cluster!r}. Choose another name, or stop that instance."
+        member = self._members.get(hello.me.instance)
+        detail = why_refused(hello.me.instance, self._cluster, None if member is None else member.record)
         self.refuse(link, ErrorCode.INSTANCE_ID_IN_USE, detail, now)
 
     def _met(self, peer: Link, hello: Hello, now: float) -> None:

@@ -12,10 +12,28 @@ from p2pkv.core.ids import InstanceId, LinkId
 from p2pkv.core.messages import Hello, Nonce, Ping
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.peers import Link
+from p2pkv.core.records import MemberRecord
 from p2pkv.core.roster import Roster
 
 CHALLENGE_S = 1.0
 """For the holder of a name to answer, before a newcomer of the same name gets it."""
+
+
+def why_refused(name: InstanceId, cluster: str, known: MemberRecord | None) -> str:
+    """Why a newcomer doesn't get its name, and what to do about it.
+
+    Args:
+        name: Its name.
+        cluster: Where it wanted to have it.
+        known: The last that is known of that name; None where it is this node's own.
+    """
+    if known is None or known.state.is_living:
+        return f"{name!r} is alive in cluster {cluster!r}. Choose another name, or stop that instance."
+    return (
+        f"Cluster {cluster!r} remembers a later boot of {name!r} than this one, which has ended: this host's clock was set "
+        "back, and the number of that boot, which the runtime directory keeps, is gone. Set the clock right, choose another "
+        "name, or start again when that boot is forgotten."
+    )
 
 
 class Names:

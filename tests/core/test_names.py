@@ -180,6 +180,17 @@ def test_an_older_boot_is_refused() -> None:
     assert goodbye_of(solo, link) is ErrorCode.INSTANCE_ID_IN_USE
 
 
+def test_an_older_boot_than_one_that_has_ended_is_told_of_its_clock() -> None:
+    solo = Solo()
+    solo.lose(solo.join("a", 5))
+    solo.run(60.0)
+    link = solo.join("a", 4)
+    (goodbye,) = solo.heard(link, Goodbye)
+    assert goodbye.failure.code is ErrorCode.INSTANCE_ID_IN_USE
+    assert "remembers a later boot of 'a'" in goodbye.failure.detail
+    assert "Set the clock right" in goodbye.failure.detail
+
+
 def test_a_boot_from_a_clock_gone_wrong_is_refused() -> None:
     solo = Solo()
     latest = int(1000 * (solo.now + WALL_OFFSET_S)) + GENERATIONS_MAX
