@@ -57,7 +57,10 @@ def node(*, config: ConfigFile = None) -> None:
     """Run one instance's node until SIGTERM or Ctrl-C."""
     import trio
 
-    from p2pkv.commands.node import run_node
+    from p2pkv.commands.lean import without_rich
+
+    with without_rich():
+        from p2pkv.commands.node import run_node
 
     trio.run(run_node, _read_config(config))
 
@@ -72,7 +75,10 @@ def controller(
     """Run a node that stores nothing, in place of lmcache_controller; the cluster goes on without it too."""
     import trio
 
-    from p2pkv.commands.node import run_node
+    from p2pkv.commands.lean import without_rich
+
+    with without_rich():
+        from p2pkv.commands.node import run_node
     from p2pkv.config import NodeConfig
 
     trio.run(run_node, NodeConfig.of_controller(host=host, port=port, monitor_port=monitor_port))

@@ -1,6 +1,8 @@
 """What commands make of arguments and answers, without a node."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +92,18 @@ def test_a_move_that_is_refused_is_not_waited_for() -> None:
 def test_what_does_not_answer_like_a_node_is_none(body: object) -> None:
     with pytest.raises(NodeUnreachableError, match="no node"):
         scripted(iter([(200, body)])).call("GET", "/members")
+
+
+LEAN = """
+import sys
+from p2pkv.commands.lean import without_rich
+with without_rich():
+    import p2pkv.commands.node
+assert not {"rich", "pygments", "torch"} & set(sys.modules), "a node is to stay small"
+import rich
+"""
+
+
+def test_a_nodes_process_has_no_colours_in_memory_and_may_still_load_them() -> None:
+    ran = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
