@@ -55,14 +55,7 @@ def main() -> None:
 @app.command(epilog=example("p2pkv node --config topology/pair/instance1.yaml"))
 def node(*, config: ConfigFile = None) -> None:
     """Run one instance's node until SIGTERM or Ctrl-C."""
-    import trio
-
-    from p2pkv.commands.lean import without_rich
-
-    with without_rich():
-        from p2pkv.commands.node import run_node
-
-    trio.run(run_node, _read_config(config))
+    _run_node(_read_config(config))
 
 
 @app.command(epilog=example("p2pkv controller --port 9000 --monitor-port 9001"))
@@ -73,15 +66,9 @@ def controller(
     monitor_port: Annotated[int, typer.Option(min=1, max=65535, help="Where instances join: their controller_url.")] = 9001,
 ) -> None:
     """Run a node that stores nothing, in place of lmcache_controller; the cluster goes on without it too."""
-    import trio
-
-    from p2pkv.commands.lean import without_rich
-
-    with without_rich():
-        from p2pkv.commands.node import run_node
     from p2pkv.config import NodeConfig
 
-    trio.run(run_node, NodeConfig.of_controller(host=host, port=port, monitor_port=monitor_port))
+    _run_node(NodeConfig.of_controller(host=host, port=port, monitor_port=monitor_port))
 
 
 @app.command(epilog=example("p2pkv up topology/pair"))
@@ -376,6 +363,18 @@ def bench(
     from p2pkv.commands.bench_report import parse_size
 
     bench(source, target, Sizes(chunks, parse_size(chunk_size), rounds), via, as_json=as_json)
+
+
+def _run_node(config: "NodeConfig") -> None:
+    """Run a node in this process, which holds no more in memory than it needs."""
+    import trio
+
+    from p2pkv.commands.lean import without_rich
+
+    with without_rich():
+        from p2pkv.commands.node import run_node
+
+    trio.run(run_node, config)
 
 
 def _read_config(path: Path | None) -> "NodeConfig":
