@@ -68,6 +68,13 @@ def copies_of(node: NodeProcess, num_tokens: int) -> list[dict[str, Any]]:
     return [each for each in events if each["new_position"][0] == node.name and each["num_tokens"] == num_tokens]
 
 
+def ended_copy(node: NodeProcess, num_tokens: int) -> dict[str, Any]:
+    """The one event of copies to a node, of prompts of this length, once it has ended: what it brings is held before that."""
+    until(lambda: all(each["state"] == "done" for each in copies_of(node, num_tokens)))
+    (event,) = copies_of(node, num_tokens)
+    return event
+
+
 # --- what is fetched ------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +88,7 @@ def test_a_lookup_brings_what_a_peer_holds_bit_by_bit(nodes: dict[str, NodeProce
     assert held == 37
     assert got is not None
     assert torch.equal(got, kv)
-    (event,) = copies_of(nodes[target], 37)
+    event = ended_copy(nodes[target], 37)
     assert (event["copy"], event["old_position"][0], event["lane"], event["coordinator"]) == (True, "a", lane, target)
     assert event["chunks"]["moved"] == 3
 
@@ -102,7 +109,7 @@ def test_only_what_is_missing_is_fetched(nodes: dict[str, NodeProcess]) -> None:
     with attach(nodes["near"]) as cache:
         cache.store(tokens[:32], kv[:, :, :32])
         assert cache.lookup(tokens) == 64
-    (event,) = copies_of(nodes["near"], 64)
+    event = ended_copy(nodes["near"], 64)
     assert (event["chunks"]["moved"], event["chunks"]["already_there"]) == (2, 2)
 
 
