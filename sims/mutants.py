@@ -26,7 +26,7 @@ from p2pkv.core.moves.target import TargetMoves
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.peer_fetch import PeerFetches
 from p2pkv.core.records import ChunkCounts, EventRecord, EventState, Operation
-from p2pkv.core.residency import Outgoing, Residencies, Residency, Room, room_of
+from p2pkv.core.residency import Outgoing, Residencies, Residency, Room
 from p2pkv.core.suspicion import Suspicion
 from p2pkv.errors import ErrorCode, Failure
 from sims.mutant import Method, Mutant
@@ -283,7 +283,7 @@ def evicts_prefixes_first(_right: Method) -> Method:
             is_kept = is_needed or residency.used_at >= colder_than
             if not need.fits(free) and not is_kept:
                 victims.append(residency)
-                free += room_of(residency.chunk)
+                free += book.room_of(residency.chunk)
         return victims if need.fits(free) else None
 
     return find_victims

@@ -18,6 +18,11 @@ from p2pkv.core.keys import (
 
 PAGE_NBYTES = 4096
 MAX_SHARD_NBYTES = 2**40
+FILE_HEADER_NBYTES = 8192
+"""A shard's file has this at most before its payload, beside `FILE_TOKEN_NBYTES` for each of its chunk's tokens: the namespace,
+whose texts take 7 bytes for each of at most 640 characters, and some 600 for keys, numbers and names."""
+FILE_TOKEN_NBYTES = 8
+"""Of a token id, in hex."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,14 @@ class Chunk:
 
     @property
     def charged_nbytes(self) -> int:
-        """What it counts against a location's limit: each shard rounded up to whole pages."""
+        """What it counts against a limit on memory: each shard rounded up to whole pages."""
         return sum(-(-nbytes // PAGE_NBYTES) * PAGE_NBYTES for nbytes in self.shard_nbytes)
+
+    @property
+    def charged_file_nbytes(self) -> int:
+        """What it counts against a limit on disk: each shard with the longest header, rounded up to whole pages."""
+        header_nbytes = FILE_HEADER_NBYTES + FILE_TOKEN_NBYTES * self.token_count
+        return sum(-(-(nbytes + header_nbytes) // PAGE_NBYTES) * PAGE_NBYTES for nbytes in self.shard_nbytes)
 
     def problem(self, namespace: Namespace) -> str | None:
         """Why this can't be a chunk of `namespace`; None when it can. A manifest from outside is checked with it."""

@@ -23,7 +23,7 @@ class MachineConfig:
         zone: In the operator's words.
         chunk_size: Tokens in a full chunk.
         cpu_limit_nbytes: Hard limit of LocalCPUBackend, pages counted whole; 0 to have no such location.
-        descriptor_limit: Hard limit on shards held, a descriptor each.
+        descriptor_limit: Hard limit on shards held in memory, a descriptor each.
         move_deadline_s: A move ends by then.
         lease_s: A lease not renewed ends by then.
         leave_s: A leaving node is gone by then.
@@ -31,6 +31,7 @@ class MachineConfig:
         wall_offset_s: Unix time minus the clock that `now` comes from; for what people read.
         log_changes: How many of its inventory's last changes an instance keeps for peers that lag.
         views_nbytes: Hard limit of what is kept of other instances' inventories. 256 MiB are 19 million chunks.
+        disk_limit_nbytes: Hard limit of LocalDiskBackend, pages counted whole; 0 to have no such location.
         timers_of: How long membership waits, for the number of members that there are.
     """
 
@@ -52,4 +53,5 @@ class MachineConfig:
     wall_offset_s: float
     log_changes: int = LOG_CHANGES
     views_nbytes: int = 256 * 2**20
+    disk_limit_nbytes: int = 0
     timers_of: TimersOf = lan

@@ -2,15 +2,16 @@
 
 Bytes go through a *stage* before anyone owns them. `Answer(Lent)` asks the shell to make fresh memory under the stage
 `ENGINE_STAGE`, `FetchChunks` fills the stage named like its move; `AdmitStaged` turns a stage's bytes into a resident chunk,
-`DropStaged` frees them, `ReleaseChunks` frees resident ones.
+`DropStaged` frees them, `ReleaseChunks` frees resident ones. Each names the location, in memory or on disk.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Location, RequestId, StageId
-from p2pkv.core.keys import ChunkKey
+from p2pkv.core.keys import ChunkKey, Namespace
 from p2pkv.core.messages import Message, Ticket
 from p2pkv.core.records import EventRecord, MemberRecord, Route
 from p2pkv.errors import Failure
@@ -24,6 +25,8 @@ class ReleaseReason(StrEnum):
     EVICTED = "evicted"
     MOVED = "moved"
     CLEARED = "cleared"
+    DAMAGED = "damaged"
+    """Its bytes can't be read back as they were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +149,18 @@ class InventoryDoubted:
 
 @dataclass(frozen=True, slots=True)
 class FetchChunks:
-    """Bring these chunks by this route into the stage named like the move. Ends in one `FetchEnded` or `RouteRefused`."""
+    """Bring these chunks by this route into the stage named like the move. Ends in one `FetchEnded` or `RouteRefused`.
+
+    `location` is where the stage is; `namespaces`, by digest, are those of the chunks.
+    """
 
     event_id: EventId
     source: InstanceId
     route: Route
     ticket: Ticket
     chunks: tuple[Chunk, ...]
+    location: Location
+    namespaces: Mapping[bytes, Namespace]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +184,7 @@ class DropStaged:
     """Free a staged chunk, or only one worker's shard of it."""
 
     stage: StageId
+    location: Location
     key: ChunkKey
     worker: int | None = None
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Position, RequestId
+from p2pkv.core.chunks import Chunk
+from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Location, Position, RequestId
 from p2pkv.core.keys import ChunkKey, Identity, Namespace, TokenBytes
 from p2pkv.core.messages import Message
 from p2pkv.core.records import Operation, Pinning, Selection
@@ -220,6 +221,31 @@ class RouteRefused:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True)
+class KeptChunk:
+    """A chunk that an earlier boot has left at a location, and for how long it hasn't been used."""
+
+    chunk: Chunk
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunksFound:
+    """The store has found at its start what earlier boots have left, in order of their last use, longest ago first."""
+
+    location: Location
+    namespaces: tuple[Namespace, ...]
+    chunks: tuple[KeptChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunksDamaged:
+    """Resident chunks turn out not to be as they were written."""
+
+    location: Location
+    keys: tuple[ChunkKey, ...]
+
+
 Event = (
     SiblingsFound
     | LinkOpened
@@ -242,4 +268,6 @@ Event = (
     | EngineLost
     | FetchEnded
     | RouteRefused
+    | ChunksFound
+    | ChunksDamaged
 )

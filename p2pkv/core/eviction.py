@@ -7,7 +7,7 @@ what is colder than what comes. When that isn't enough the answer is None and th
 from math import inf
 
 from p2pkv.core.keys import ChunkKey
-from p2pkv.core.residency import Residencies, Residency, Room, room_of
+from p2pkv.core.residency import Residencies, Residency, Room
 
 
 def find_victims(book: Residencies, need: Room, *, now: float, colder_than: float = inf) -> list[Residency] | None:
@@ -35,7 +35,7 @@ def find_victims(book: Residencies, need: Room, *, now: float, colder_than: floa
                 continue
             if all(child.chunk.key in victims for child in book.children(key)):
                 victims[key] = residency
-                free += room_of(residency.chunk)
+                free += book.room_of(residency.chunk)
         if len(victims) == found:
             return None
     return list(victims.values())

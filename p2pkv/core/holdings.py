@@ -5,10 +5,12 @@ disagree.
 """
 
 from math import inf
+from typing import assert_never
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import AdmitStaged, DropStaged, ReleaseChunks, ReleaseReason
+from p2pkv.core.events import ChunksDamaged, ChunksFound
 from p2pkv.core.eviction import find_victims
 from p2pkv.core.ids import Location, StageId
 from p2pkv.core.inventory import InventoryLog
@@ -31,6 +33,9 @@ class Holdings:
         self.books: dict[Location, Residencies] = {}
         if config.cpu_limit_nbytes:
             self.books[Location.LOCAL_CPU] = Residencies(Location.LOCAL_CPU, limit, self.inventory)
+        if config.disk_limit_nbytes:
+            limit = Room(config.disk_limit_nbytes, descriptors=0)
+            self.books[Location.LOCAL_DISK] = Residencies(Location.LOCAL_DISK, limit, self.inventory)
         self.namespaces: dict[bytes, Namespace] = {}
         self._outbox = outbox
         self._chunk_size = config.chunk_size
@@ -77,9 +82,7 @@ class Holdings:
             return False
         for residency in victims:
             book.remove(residency)
-        if victims:
-            keys = tuple(residency.chunk.key for residency in victims)
-            self._outbox.add(ReleaseChunks(location=book.location, keys=keys, reason=ReleaseReason.EVICTED))
+        self._release(book, victims, ReleaseReason.EVICTED)
         return True
 
     def own_staged(self, book: Residencies, residency: Residency, *, stage: StageId, now: float) -> None:
@@ -90,12 +93,12 @@ class Holdings:
     def drop_staged(self, book: Residencies, residency: Residency, *, stage: StageId) -> None:
         """Bytes that wait in `stage`, and the room for them, aren't wanted any more."""
         book.remove(residency)
-        self._outbox.add(DropStaged(stage=stage, key=residency.chunk.key))
+        self._outbox.add(DropStaged(stage, book.location, residency.chunk.key))
 
     def free_moved(self, book: Residencies, residency: Residency) -> None:
-        """Another instance owns this chunk now: free it here."""
+        """Another position owns this chunk now: free it here."""
         book.remove(residency)
-        self._outbox.add(ReleaseChunks(location=book.location, keys=(residency.chunk.key,), reason=ReleaseReason.MOVED))
+        self._release(book, [residency], ReleaseReason.MOVED)
 
     def clear(self, book: Residencies, now: float, namespace: bytes | None = None) -> int:
         """Forget all that is owned, not being handed over and not kept by pins; returns how many tokens that were.
@@ -110,10 +113,43 @@ class Holdings:
         ]
         for residency in cleared:
             book.remove(residency)
-        if cleared:
-            keys = tuple(residency.chunk.key for residency in cleared)
-            self._outbox.add(ReleaseChunks(location=book.location, keys=keys, reason=ReleaseReason.CLEARED))
+        self._release(book, cleared, ReleaseReason.CLEARED)
         return sum(residency.chunk.token_count for residency in cleared)
+
+    def follow_store(self, event: ChunksFound | ChunksDamaged, now: float) -> None:
+        """The store tells what it holds that isn't known here, or what it holds no longer."""
+        book = self.books[event.location]
+        match event:
+            case ChunksFound():
+                self._find(event, book, now)
+            case ChunksDamaged():
+                damaged = [residency for key in event.keys if (residency := book.get(key)) is not None and residency.is_owned]
+                for residency in damaged:
+                    book.remove(residency)
+                self._release(book, damaged, ReleaseReason.DAMAGED)
+            case _:
+                assert_never(event)
+
+    def _find(self, event: ChunksFound, book: Residencies, now: float) -> None:
+        """Own what earlier boots have left, as far as it fits: the limit may be lower now. The last used are kept."""
+        for namespace in event.namespaces:
+            self.learn(namespace)
+        spare, kept = book.free(), []
+        for each in reversed(event.chunks):
+            room = book.room_of(each.chunk)
+            if each.chunk.namespace in self.namespaces and room.fits(spare):
+                spare -= room
+                kept.append(each)
+        for each in reversed(kept):
+            book.enter(each.chunk, None, now - each.idle_s)
+        left = tuple(each.chunk.key for each in event.chunks if book.get(each.chunk.key) is None)
+        if left:
+            self._outbox.add(ReleaseChunks(location=book.location, keys=left, reason=ReleaseReason.EVICTED))
+
+    def _release(self, book: Residencies, freed: list[Residency], reason: ReleaseReason) -> None:
+        if freed:
+            keys = tuple(residency.chunk.key for residency in freed)
+            self._outbox.add(ReleaseChunks(location=book.location, keys=keys, reason=reason))
 
     def namespaces_of(self, chunks: tuple[Chunk, ...]) -> tuple[Namespace, ...]:
         """The namespaces that `chunks` belong to, in order of their first chunk."""

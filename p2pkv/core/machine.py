@@ -18,6 +18,8 @@ from p2pkv.core.directory import Held, PromptFingerprints
 from p2pkv.core.effects import Effect, Stop
 from p2pkv.core.events import (
     CancelRequested,
+    ChunksDamaged,
+    ChunksFound,
     ClearRequested,
     DialFailed,
     EngineAttached,
@@ -269,6 +271,8 @@ class Machine:
                 self._targets.fetch_ended(event, now)
             case RouteRefused():
                 self._targets.route_refused(event, now)
+            case ChunksFound() | ChunksDamaged():
+                self._holdings.follow_store(event, now)
             case _:
                 assert_never(event)
 

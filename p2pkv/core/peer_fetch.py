@@ -202,7 +202,7 @@ class PeerFetches:
     def _saved_s(self, miss: _Miss, held: Held, now: float) -> float:
         """How much sooner the tokens are here by a fetch from a holder than by computing them; 0 or less: not worth it."""
         record = self._membership.record_of(held.instance)
-        routes = [] if record is None else routes_between(record, self._membership.me)
+        routes = [] if record is None else routes_between(record, self._membership.me, held.location)
         if not routes:
             return -inf
         is_handoff = isinstance(routes[0], HandoffAddress)

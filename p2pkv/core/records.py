@@ -149,8 +149,15 @@ class HandoffAddress:
     path: Annotated[str, Len(1, 512)]
 
 
-Route = HandoffAddress | Address
-"""How to get at a source's chunks: by handoff, or over TCP."""
+@dataclass(frozen=True, slots=True)
+class WithinInstance:
+    """Both ends are one instance: the source's chunks are at its own `location`."""
+
+    location: Location
+
+
+Route = WithinInstance | HandoffAddress | Address
+"""How to get at a source's chunks: without a lane, by handoff, or over TCP."""
 
 
 @dataclass(frozen=True, slots=True)

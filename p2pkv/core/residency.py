@@ -29,7 +29,7 @@ from p2pkv.core.siblings import Siblings
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What chunks take up: bytes in whole pages, and a descriptor for each shard."""
+    """What chunks take up: bytes in whole pages, and in memory a descriptor for each shard."""
 
     nbytes: int
     descriptors: int
@@ -48,8 +48,10 @@ class Room:
 NO_ROOM = Room(0, 0)
 
 
-def room_of(chunk: Chunk) -> Room:
-    """What `chunk` takes up."""
+def room_of(chunk: Chunk, location: Location) -> Room:
+    """What `chunk` takes up at `location`."""
+    if location is Location.LOCAL_DISK:
+        return Room(chunk.charged_file_nbytes, descriptors=0)
     return Room(chunk.charged_nbytes, len(chunk.shard_nbytes))
 
 
@@ -168,6 +170,10 @@ class Residencies:
         """What is neither used nor promised to a move; negative while promises wait for evictions."""
         return self.limit - self.used - sum(self.promised.values(), NO_ROOM)
 
+    def room_of(self, chunk: Chunk) -> Room:
+        """What `chunk` takes up here."""
+        return room_of(chunk, self.location)
+
     def pinned(self, now: float) -> dict[ChunkKey, Residency]:
         """What pins keep here: what is pinned, and the prefixes that it hangs on."""
         kept: dict[ChunkKey, Residency] = {}
@@ -180,7 +186,7 @@ class Residencies:
 
     def fullness(self, now: float) -> str:
         """How full it is, for people who were refused."""
-        pinned_nbytes = sum(each.chunk.charged_nbytes for each in self.pinned(now).values())
+        pinned_nbytes = sum(self.room_of(each.chunk).nbytes for each in self.pinned(now).values())
         pinned = f", {pinned_nbytes} of them by what is pinned" if pinned_nbytes else ""
         return f"{self.used.nbytes} of {self.limit.nbytes} bytes are used{pinned}"
 
@@ -189,7 +195,7 @@ class Residencies:
         residency = Residency(chunk=chunk, slot=slot, used_at=now)
         self._by_key[chunk.key] = residency
         self._children.setdefault(chunk.parent, Siblings()).add(residency)
-        self.used += room_of(chunk)
+        self.used += self.room_of(chunk)
         if residency.is_owned:
             self._inventory.add(self._entry(chunk))
         return residency
@@ -208,7 +214,7 @@ class Residencies:
         siblings.remove(residency)
         if not siblings:
             del self._children[chunk.parent]
-        self.used -= room_of(chunk)
+        self.used -= self.room_of(chunk)
         if residency.is_owned:
             self._inventory.remove(self._entry(chunk))
 
@@ -261,7 +267,7 @@ class Residencies:
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""
         assert self.used.fits(self.limit), f"{self.location}: {self.used} used of {self.limit}"
-        assert self.used == sum((room_of(each.chunk) for each in self), NO_ROOM)
+        assert self.used == sum((self.room_of(each.chunk) for each in self), NO_ROOM)
         owned = {each.chunk.fingerprint for each in self if each.is_owned}
         listed = self._inventory.entries.at[self.location].keys()
         assert owned == listed, f"{self.location}: the inventory isn't what is owned"

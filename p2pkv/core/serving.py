@@ -40,7 +40,7 @@ from p2pkv.core.keys import (
 )
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.prompt import Prompt, prompt_of
-from p2pkv.core.residency import Incoming, Match, Outgoing, Residencies, Residency, Writing, room_of
+from p2pkv.core.residency import Incoming, Match, Outgoing, Residencies, Residency, Writing
 from p2pkv.errors import ErrorCode, Failure
 
 LEND_SHARDS = 64
@@ -168,7 +168,7 @@ class Serving:
     def _lend(self, chunk: Chunk, client: _Client, lease: str, now: float) -> Failure | None:
         residency = self._book.get(chunk.key)
         if residency is None:
-            if not self._holdings.make_room(self._book, room_of(chunk), now=now):
+            if not self._holdings.make_room(self._book, self._book.room_of(chunk), now=now):
                 detail = f"No room for {chunk.charged_nbytes} bytes: {self._book.fullness(now)}, and none can go now."
                 return Failure(ErrorCode.STORE_FULL, detail)
             residency = self._book.enter(chunk, Writing(), now)
@@ -260,7 +260,7 @@ class Serving:
             if residency is None or not isinstance(residency.slot, Writing) or residency.slot.lent.get(shard) != name:
                 continue
             del residency.slot.lent[shard]
-            self._outbox.add(DropStaged(stage=ENGINE_STAGE, key=key, worker=shard))
+            self._outbox.add(DropStaged(ENGINE_STAGE, self._book.location, key, worker=shard))
             if not residency.slot.lent and not residency.slot.sealed:
                 del self._assembling[key]
                 self._book.remove(residency)
@@ -288,7 +288,8 @@ class Serving:
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two events."""
-        writing = {residency.chunk.key for residency in self._book if isinstance(residency.slot, Writing)}
+        book = self._holdings.books.get(Location.LOCAL_CPU, ())
+        writing = {residency.chunk.key for residency in book if isinstance(residency.slot, Writing)}
         assert writing == self._assembling.keys(), "chunks are being written that nobody will ever drop"
 
 

@@ -120,6 +120,7 @@ class Limits(TypedDict, total=False):
     chunk_size: int
     cpu_limit_nbytes: int
     descriptor_limit: int
+    disk_limit_nbytes: int
     peer_fetch: bool
     log_changes: int
     views_nbytes: int

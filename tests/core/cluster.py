@@ -15,14 +15,17 @@ from random import Random
 from typing import TypedDict, TypeVar, Unpack
 
 from p2pkv.core import effects
+from p2pkv.core.chunks import Chunk
 from p2pkv.core.effects import ENGINE_STAGE, Answer, Effect, FetchChunks, Found, Lent, ReleaseReason
 from p2pkv.core.events import (
     CancelRequested,
+    ChunksFound,
     DialFailed,
     EngineAttached,
     Event,
     EventAsked,
     FetchEnded,
+    KeptChunk,
     LeaveRequested,
     LinkLost,
     LinkOpened,
@@ -34,7 +37,7 @@ from p2pkv.core.events import (
     SiblingsFound,
     StoreRequested,
 )
-from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, RequestId, StageId
+from p2pkv.core.ids import Address, EventId, InstanceId, LinkId, Location, RequestId, StageId
 from p2pkv.core.keys import ChunkKey, Namespace, TokenBytes, fingerprint
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message
@@ -56,6 +59,8 @@ class How(TypedDict, total=False):
     operation: Operation
     selection: Selection
     model: str
+    old: Location
+    new: Location
 
 
 class Way(Enum):
@@ -78,7 +83,7 @@ class Rule:
 
 @dataclass(slots=True)
 class Node:
-    """One boot of one instance, and the chunks whose bytes it has."""
+    """One boot of one instance, and the chunks whose bytes it has: in memory, on disk, and in neither yet."""
 
     name: InstanceId
     machine: Machine
@@ -88,7 +93,8 @@ class Node:
     backlog: deque[Event] = field(default_factory=deque)
     links: dict[LinkId, "tuple[Node, LinkId]"] = field(default_factory=dict)
     resident: dict[ChunkKey, None] = field(default_factory=dict)
-    staged: dict[tuple[StageId, ChunkKey], None] = field(default_factory=dict)
+    on_disk: dict[ChunkKey, Chunk] = field(default_factory=dict)
+    staged: dict[tuple[StageId, ChunkKey], Chunk | None] = field(default_factory=dict)
     stop: effects.Stop | None = None
 
 
@@ -161,12 +167,19 @@ class Cluster:
     # --- what a test does to nodes ----------------------------------------------------------------------------------------
 
     def boot(self, name: InstanceId, namespace: Namespace | None = None, **limits: Unpack[Limits]) -> Node:
-        """Start an instance, a new boot if it was there before, as all others are unless said otherwise."""
+        """Start an instance, a new boot if it was there before, as all others are unless said otherwise.
+
+        What it had on disk it finds there again.
+        """
         old = self.nodes.get(name)
         generation = 1 if old is None else old.machine.config.generation + 1
         all_limits: Limits = {**self._limits, **limits}
         machine = Machine(config_of(name, generation, **all_limits), Random(f"{name}:{generation}"), self.now)
         node = self.nodes[name] = Node(name, machine, namespace or self._namespace)
+        if all_limits.get("disk_limit_nbytes"):
+            node.on_disk = {} if old is None else old.on_disk
+            kept = tuple(KeptChunk(chunk, idle_s=60.0) for chunk in node.on_disk.values())
+            self.happen(node, ChunksFound(Location.LOCAL_DISK, (node.namespace,), kept))
         for worker in range(node.namespace.world_size):
             self.ask(name, partial(_engine_attached, node.namespace, worker))
         others = tuple(address_of(each) for each in self.nodes if each != name)
@@ -215,8 +228,8 @@ class Cluster:
             how.get("by", source),
             lambda request: MoveRequested(
                 request=request,
-                old_position=at(source),
-                new_position=at(target),
+                old_position=at(source, how.get("old", Location.LOCAL_CPU)),
+                new_position=at(target, how.get("new", Location.LOCAL_CPU)),
                 operation=how.get("operation", Operation.MOVE),
                 selection=how.get("selection", Selection.TOKENS),
                 tokens=tokens,
@@ -315,6 +328,10 @@ class Cluster:
         """For each chunk of a prompt, whether `name` has its bytes as a resident chunk."""
         return [chunk.key in self.nodes[name].resident for chunk in chunks_of(tokens, self._namespace)]
 
+    def has_on_disk(self, name: InstanceId, tokens: TokenBytes) -> list[bool]:
+        """For each chunk of a prompt, whether `name` has its bytes as a resident chunk on disk."""
+        return [chunk.key in self.nodes[name].on_disk for chunk in chunks_of(tokens, self._namespace)]
+
     def states(self, name: InstanceId) -> dict[InstanceId, MemberState]:
         """Members as `name` sees them."""
         return {record.instance: record.state for record in self.nodes[name].machine.members()}
@@ -380,8 +397,10 @@ class Cluster:
             self.done.append((node.name, effect))
             self._perform_one(node, effect)
         node.machine.check_invariants()
-        owned = {each.fingerprint for each in node.machine.inventory_of(node.name)}
-        assert owned == {fingerprint(key) for key in node.resident}, f"{node.name} owns what it doesn't hold, or the reverse"
+        owned = {(each.location, each.fingerprint) for each in node.machine.inventory_of(node.name)}
+        held = {(Location.LOCAL_CPU, fingerprint(key)) for key in node.resident}
+        held.update((Location.LOCAL_DISK, fingerprint(key)) for key in node.on_disk)
+        assert owned == held, f"{node.name} owns what it doesn't hold, or the reverse"
 
     def _perform_one(self, node: Node, effect: Effect) -> None:
         match effect:
@@ -397,13 +416,17 @@ class Cluster:
             case effects.FetchChunks():
                 self._carry(FetchChunks, partial(self._fetch, node, effect))
             case effects.AdmitStaged():
-                del node.staged[effect.stage, effect.key]
-                node.resident[effect.key] = None
+                chunk = node.staged.pop((effect.stage, effect.key))
+                if effect.location is Location.LOCAL_CPU:
+                    node.resident[effect.key] = None
+                else:
+                    assert chunk is not None, "a lane brought it"
+                    node.on_disk[effect.key] = chunk
             case effects.DropStaged():
                 node.staged.pop((effect.stage, effect.key), None)
             case effects.ReleaseChunks():
                 for key in effect.keys:
-                    del node.resident[key]
+                    del (node.resident if effect.location is Location.LOCAL_CPU else node.on_disk)[key]
             case effects.Stop():
                 node.stop = effect
                 self._later(partial(self.crash, node.name))
@@ -466,9 +489,12 @@ class Cluster:
         fetched: list[ChunkKey] = []
         for chunk in order.chunks:
             is_granted = grant is not None and grant.ticket == order.ticket and chunk.key in grant.keys
-            is_right = chunk.key in source.resident and chunk.key not in self.damaged
+            is_held = grant is not None and chunk.key in (
+                source.resident if grant.location is Location.LOCAL_CPU else source.on_disk
+            )
+            is_right = is_held and chunk.key not in self.damaged
             if is_granted and is_right and len(fetched) < self.lane_brings:
-                node.staged[order.event_id, chunk.key] = None
+                node.staged[order.event_id, chunk.key] = chunk
                 fetched.append(chunk.key)
         is_whole = len(fetched) == len(order.chunks)
         failure = None if is_whole else Failure(ErrorCode.TRANSFER_FAILED, "The lane closed.")

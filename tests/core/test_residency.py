@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pkv.core.chunks import PAGE_NBYTES, Chunk
+from p2pkv.core.ids import Location
 from p2pkv.core.inventory import InventoryLog
 from p2pkv.core.residency import Incoming, Outgoing, Residencies, Residency, Room, Slot, Writing, room_of
 from tests.core.builders import CHUNK_SIZE, CPU, NAMESPACE, ROOT, chunks_of, pack, prompt, sought
@@ -135,7 +136,7 @@ def test_promises_and_use_are_not_free() -> None:
 def test_shards_are_charged_in_whole_pages() -> None:
     chunk = Chunk(b"k" * 16, b"p" * 16, b"n" * 16, 0, pack(1), (1, PAGE_NBYTES, PAGE_NBYTES + 1))
     assert chunk.charged_nbytes == 4 * PAGE_NBYTES
-    assert room_of(chunk) == Room(4 * PAGE_NBYTES, 3)
+    assert room_of(chunk, Location.LOCAL_CPU) == Room(4 * PAGE_NBYTES, 3)
 
 
 def test_children_are_those_of_one_parent() -> None:

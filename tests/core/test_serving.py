@@ -169,7 +169,7 @@ def test_shards_that_couldnt_be_sealed_are_dropped() -> None:
     answer = solo.answer(request)
     assert answer is not None
     assert answer.value == 4
-    assert dropped(solo.done) == [DropStaged(ENGINE_STAGE, lent.shards[1].key, 0)]
+    assert dropped(solo.done) == [DropStaged(ENGINE_STAGE, CPU, lent.shards[1].key, 0)]
 
 
 def test_a_commit_may_name_a_shard_twice() -> None:
@@ -241,7 +241,7 @@ def test_a_worker_that_never_stores_its_shard_costs_the_chunk() -> None:
     assert dropped(solo.done) == [], "the second worker's lease holds the chunk"
     ordered = solo.run(LEASE_S / 2)
     key = late.shards[0].key
-    assert dropped(ordered) == [DropStaged(ENGINE_STAGE, key, 1), DropStaged(ENGINE_STAGE, key)]
+    assert dropped(ordered) == [DropStaged(ENGINE_STAGE, CPU, key, 1), DropStaged(ENGINE_STAGE, CPU, key)]
     solo.machine.check_at_rest(solo.now)
 
 

@@ -8,7 +8,7 @@ import trio
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.effects import FetchChunks
-from p2pkv.core.ids import EventId
+from p2pkv.core.ids import EventId, Location
 from p2pkv.core.moves.source_move import LaneGrant
 from p2pkv.core.records import Route
 from p2pkv.net.lanes import expect, send
@@ -28,7 +28,7 @@ def chunk_of(number: int, worker_count: int = 1, nbytes: int = NBYTES) -> Chunk:
 
 
 def order_of(route: Route, chunks: Sequence[Chunk], ticket: bytes = TICKET) -> FetchChunks:
-    return FetchChunks(EVENT, "a", route, ticket, tuple(chunks))
+    return FetchChunks(EVENT, "a", route, ticket, tuple(chunks), Location.LOCAL_CPU, {})
 
 
 def open_descriptors() -> set[Path]:
@@ -60,4 +60,4 @@ class Source:
             self.store.admit("engine", chunk.key)
 
     def grant(self, *chunks: Chunk) -> None:
-        self.grants[EVENT] = LaneGrant(TICKET, frozenset(chunk.key for chunk in chunks))
+        self.grants[EVENT] = LaneGrant(TICKET, frozenset(chunk.key for chunk in chunks), Location.LOCAL_CPU)

@@ -22,7 +22,7 @@ from p2pkv.net.driver import Driver, EventSink
 ADDRESS = Address("127.0.0.1", 8002)
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
 FAILURE = Failure(ErrorCode.TRANSFER_FAILED, "it failed")
-FETCH = effects.FetchChunks("event", "a", HandoffAddress("boot", "/lane.sock"), b"t" * 32, ())
+FETCH = effects.FetchChunks("event", "a", HandoffAddress("boot", "/lane.sock"), b"t" * 32, (), Location.LOCAL_CPU, {})
 Reaction = Callable[[Event], list[Effect]]
 
 
@@ -140,7 +140,7 @@ async def test_orders_reach_memory_and_links_in_order(
         machine,
         effects.AdmitStaged("stage", Location.LOCAL_CPU, KEY),
         effects.SendMessage(3, Ping(1)),
-        effects.DropStaged("stage", KEY, 2),
+        effects.DropStaged("stage", Location.LOCAL_CPU, KEY, 2),
         effects.ReleaseChunks(Location.LOCAL_CPU, (KEY, OTHER_KEY), effects.ReleaseReason.MOVED),
         effects.CloseLink(3, "enough"),
     )

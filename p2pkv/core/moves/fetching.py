@@ -9,11 +9,12 @@ from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import FetchChunks
 from p2pkv.core.events import FetchEnded, RouteRefused
 from p2pkv.core.holdings import Holdings
+from p2pkv.core.ids import Address, Location
 from p2pkv.core.membership import Membership
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Route
+from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Route, WithinInstance
 from p2pkv.core.residency import NO_ROOM, Incoming, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
 
@@ -23,9 +24,22 @@ TCP_BATCH = Room(nbytes=2**29, descriptors=240)
 """An eighth to half of a second, after which the source hears how far it has got; its lanes are opened anew, which takes some
 5 ms. A single chunk may be larger."""
 
+DISK_BATCH = Room(nbytes=2**26, descriptors=240)
+"""Where a disk is at either end: what a lane brings for one waits in memory, beside its limit, until it is written; and a disk
+takes a tenth of a second for it, after which the source hears how far it has got. A single chunk may be larger."""
+_LANES: dict[type[Route], Lane] = {WithinInstance: Lane.LOCAL, HandoffAddress: Lane.HANDOFF, Address: Lane.TCP}
 
-def routes_between(source: MemberRecord, target: MemberRecord) -> list[Route]:
-    """By handoff where both ends are on one host, else over TCP."""
+
+def _batch_limit(move: TargetMove) -> Room:
+    if Location.LOCAL_DISK in (move.offer.old_position.location, move.offer.new_position.location):
+        return DISK_BATCH
+    return HANDOFF_BATCH if move.routes and isinstance(move.routes[0], HandoffAddress) else TCP_BATCH
+
+
+def routes_between(source: MemberRecord, target: MemberRecord, old_location: Location) -> list[Route]:
+    """Without a lane where both ends are one instance, by handoff where they are on one host, else over TCP."""
+    if source.instance == target.instance:
+        return [WithinInstance(old_location)]
     theirs, mine = source.handoff, target.handoff
     is_same_host = mine is not None and theirs is not None and mine.host_id == theirs.host_id
     routes = (theirs if is_same_host else None, source.transfer)
@@ -57,13 +71,13 @@ class Fetching:
             elif residency.slot is None:
                 residency.leases[move.event_id] = move.deadline
                 present.append(chunk.key)
-        need = sum((room_of(chunk) for chunk in pending), NO_ROOM)
+        need = sum((book.room_of(chunk) for chunk in pending), NO_ROOM)
         if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             self.release_leases(move)
             return self._no_room(need, book, now)
         move.pending, move.present = pending, dict.fromkeys(present)
         source = self._membership.record_of(move.source)
-        move.routes = [] if source is None else routes_between(source, self._membership.me)
+        move.routes = [] if source is None else routes_between(source, self._membership.me, move.offer.old_position.location)
         book.promised[move.event_id] = need
         return None
 
@@ -89,7 +103,7 @@ class Fetching:
         else:
             for chunk in batch:
                 book.enter(chunk, Incoming(move.event_id), now)
-            book.promised[move.event_id] = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
+            book.promised[move.event_id] = sum((book.room_of(chunk) for chunk in move.pending), NO_ROOM)
             move.batch, move.batch_at = tuple(batch), now
             fetch = FetchChunks(
                 event_id=move.event_id,
@@ -97,6 +111,8 @@ class Fetching:
                 route=move.routes[0],
                 ticket=move.offer.ticket,
                 chunks=move.batch,
+                location=book.location,
+                namespaces=move.namespaces,
             )
             self._outbox.add(fetch)
             return True
@@ -105,13 +121,14 @@ class Fetching:
 
     def _next_batch(self, move: TargetMove) -> tuple[list[Chunk], Room]:
         batch: list[Chunk] = []
-        need = NO_ROOM
-        limit = HANDOFF_BATCH if move.routes and isinstance(move.routes[0], HandoffAddress) else TCP_BATCH
-        while move.pending and (not batch or (need + room_of(move.pending[0])).fits(limit)):
+        book, limit = self.book(move), _batch_limit(move)
+        passing = need = NO_ROOM  # what passes through memory, and what it takes up in the end
+        while move.pending and (not batch or (passing + room_of(move.pending[0], Location.LOCAL_CPU)).fits(limit)):
             chunk = move.pending.pop(0)
-            if self.book(move).get(chunk.key) is None:
+            if book.get(chunk.key) is None:
                 batch.append(chunk)
-                need += room_of(chunk)
+                passing += room_of(chunk, Location.LOCAL_CPU)
+                need += book.room_of(chunk)
         return batch, need
 
     def ended(self, move: TargetMove, event: FetchEnded, now: float) -> None:
@@ -128,7 +145,7 @@ class Fetching:
             else:
                 self.book(move).remove(residency)
         if event.fetched:
-            move.lane = Lane.HANDOFF if isinstance(move.routes[0], HandoffAddress) else Lane.TCP
+            move.lane = _LANES[type(move.routes[0])]
         if move.lane is Lane.TCP:
             self.tcp_rate.learn(move.nbytes - nbytes_before, now - move.batch_at, now)
         if event.failure is not None:

@@ -174,7 +174,9 @@ class SourceMoves:
     def lane_grant(self, event_id: EventId) -> LaneGrant | None:
         """What the lane may hand over for this move; None when it isn't open."""
         move = self._open.get(event_id)
-        return None if move is None else LaneGrant(move.ticket, frozenset(chunk.key for chunk in move.manifest))
+        if move is None:
+            return None
+        return LaneGrant(move.ticket, frozenset(chunk.key for chunk in move.manifest), move.plan.old_position.location)
 
     # --- the target's progress --------------------------------------------------------------------------------------------
 
@@ -322,7 +324,7 @@ class SourceMoves:
             error=error,
         )
         self._put(record, now)
-        if move.target != record.coordinator:
+        if move.target != record.coordinator or move.target == self._config.instance:
             self._outbox.send(move.target, EventReport(event_id=record.event_id, event=record))
 
     def _open_with(self, event_id: EventId, target: InstanceId) -> SourceMove | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from p2pkv.core.chunks import Chunk
-from p2pkv.core.ids import InstanceId
+from p2pkv.core.ids import InstanceId, Location
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.messages import PlanRequest
 from p2pkv.core.moves.tables import SourceState
@@ -47,7 +47,8 @@ class SourceMove:
 
 @dataclass(frozen=True, slots=True)
 class LaneGrant:
-    """What a lane that proves `ticket` may be given."""
+    """What a lane that proves `ticket` may be given: these chunks, from `location`."""
 
     ticket: bytes
     keys: frozenset[ChunkKey]
+    location: Location
