@@ -146,6 +146,22 @@ def _not_yet(*known: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _folder(value: object) -> Path | None:
+    """Where chunks are kept on disk, as LMCache writes it: `file:///path/`; None when nowhere."""
+    if value is None or value is False or isinstance(value, Path):
+        return value or None
+    text = str(value)
+    if not text.startswith("file:///"):
+        raise ValueError(f"must be file:///path of a directory, not {text!r}")
+    return Path(text.removeprefix("file://"))
+
+
+def _limited(value: float, info: ValidationInfo) -> float:
+    if not value and info.data.get("local_disk") is not None:
+        raise ValueError("must be above 0, as local_disk has a limit")
+    return value
+
+
 _NO_INSTANCE = {"P2PKV_LMCACHE_INSTANCE_ID": "client", "P2PKV_LMCACHE_WORKER_PORT": "1"}
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
@@ -168,11 +184,12 @@ class NodeConfig(BaseModel):
         insecure_network: The operator knows that traffic beyond loopback isn't encrypted.
         lmcache_instance_id: The instance's name, unique in the cluster.
         chunk_size: Tokens in a full chunk; the same in all instances that exchange chunks.
-        local_cpu: False: it has no LocalCPUBackend, and as that is the one location of this version, stores nothing.
+        local_cpu: False: it has no LocalCPUBackend, so no engine can attach.
         max_local_cpu_size: Hard limit of LocalCPUBackend in GiB, for all of the instance's workers together.
         max_prefaulted_size: Limit in GiB, beside `max_local_cpu_size`, of memory that is faulted in ahead for what comes over
             TCP; 0 for none.
-        max_local_disk_size: LMCache's limit of a disk location in GiB; without effect, as there is none.
+        local_disk: Directory of LocalDiskBackend, `file:///path`, this instance's alone; None to have no such location.
+        max_local_disk_size: Hard limit of LocalDiskBackend in GiB.
         cache_policy: Which chunks go first when a location is full.
         cache_epoch: Raise it when weights change under the same name: chunks of different epochs never mix.
         enable_controller: False: no rendezvous and no compatible HTTP port.
@@ -212,8 +229,10 @@ class NodeConfig(BaseModel):
     local_cpu: bool = True
     max_local_cpu_size: Gibibytes = 5.0
     max_prefaulted_size: Annotated[float, BeforeValidator(number), Field(ge=0, le=2**20, allow_inf_nan=False)] = 0.25
-    local_disk: Annotated[object, _not_yet(None, False)] = None
-    max_local_disk_size: Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)] = 0.0
+    local_disk: Annotated[Path | None, BeforeValidator(_folder)] = None
+    max_local_disk_size: Annotated[
+        float, BeforeValidator(number), Field(ge=0, le=2**20, allow_inf_nan=False), AfterValidator(_limited)
+    ] = Field(0.0, validate_default=True)
     cache_policy: Literal["LRU"] = "LRU"
     cache_epoch: Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**63)] = 0
     enable_controller: bool = True
@@ -311,6 +330,11 @@ class NodeConfig(BaseModel):
     def cpu_limit_nbytes(self) -> int:
         """Limit of LocalCPUBackend, in bytes; 0 when there is none."""
         return int(self.max_local_cpu_size * GIB) if self.local_cpu else 0
+
+    @property
+    def disk_limit_nbytes(self) -> int:
+        """Limit of LocalDiskBackend, in bytes; 0 when there is none."""
+        return 0 if self.local_disk is None else int(self.max_local_disk_size * GIB)
 
     @property
     def stream_count(self) -> int:

@@ -80,6 +80,14 @@ class ForeignMemoryError(P2pkvError):
     """A descriptor from outside isn't sealed memory of the announced size. It was closed, nothing was adopted."""
 
 
+class DamagedFileError(P2pkvError):
+    """A file isn't a whole shard as it was written. Set it aside; nothing of it may be used."""
+
+
+class UnreadableShardError(P2pkvError):
+    """A shard on disk can't be had: it is gone, damaged, or the disk fails. The text says which, as part of a sentence."""
+
+
 class RouteRefusedError(P2pkvError):
     """A lane to a source couldn't be opened, and nothing was fetched. Try another route; the text is a sentence."""
 

@@ -1,7 +1,6 @@
 """A node, put together: the machine, its memory, its links and lanes, and its doors, from one configuration."""
 
 import os
-import resource
 import secrets
 import socket
 import sys
@@ -43,6 +42,7 @@ from p2pkv.net.tcp_lane import RateLimit
 from p2pkv.net.tcp_source import serve_tcp
 from p2pkv.net.tcp_target import TcpFetcher
 from p2pkv.net.websockets import WebsocketHandler, serve_websockets
+from p2pkv.node_store import keep_memory_ready, locations, open_disk, raise_descriptor_limit, tell_of_disk
 from p2pkv.rendezvous import (
     NodeCard,
     Place,
@@ -56,12 +56,11 @@ from p2pkv.rendezvous import (
 )
 from p2pkv.store.closing import ClosingThread
 from p2pkv.store.cpu import CpuStore
+from p2pkv.store.disk import DiskStore, OpenedDisk
 from p2pkv.store.prefaulted import PrefaultedMemory
 from p2pkv.wire.limits import MIB
 from p2pkv.wire.proof import Who
 
-SPARE_DESCRIPTORS = 1024
-"""Of the limit on open files: for sockets, for descriptors on their way, and for the interpreter. Shards get the rest."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Names this host, as it is since its boot: processes that read the same id can pass each other descriptors."""
 
@@ -125,14 +124,18 @@ async def open_node(config: NodeConfig, environ: Mapping[str, str] = os.environ)
         last = stack.enter_context(claim(place))
         ports = await _open_ports(config, stack, partial(_sibling_sockets, place, directory))
         generation = max(time.time_ns() // 1_000_000, last.generation + 1 if last else 0)
-        parts = _assemble(config, place, ports, generation, await _secure(config, ports, generation, environ))
+        disk = await open_disk(config, stack)
+        parts = _assemble(config, place, ports, generation, await _secure(config, ports, generation, environ), disk)
         stack.callback(parts.closing.close_waiting)
         stack.callback(parts.store.close)
         async with trio.open_nursery() as nursery:
             await nursery.start(parts.driver.run)
             nursery.start_soon(_cancel_when_refused, parts.driver, nursery.cancel_scope)
-            nursery.start_soon(_keep_memory_ready, parts.prefaulted)
+            nursery.start_soon(keep_memory_ready, parts.prefaulted)
             nursery.start_soon(parts.closing.keep_closing)
+            if disk is not None:
+                tell_of_disk(disk, parts.driver)
+                nursery.start_soon(disk.store.keep_removing)
             await _open_doors(parts, nursery)
             nursery.start_soon(keep_joining, parts.driver, partial(_find_others, parts, directory))
             node = Node(config, ports.addresses, parts.driver)
@@ -154,13 +157,6 @@ async def _cancel_when_refused(driver: Driver, scope: trio.CancelScope) -> None:
         scope.cancel()
 
 
-async def _keep_memory_ready(prefaulted: PrefaultedMemory) -> None:
-    try:
-        await prefaulted.keep_ready()
-    except OSError as error:
-        _log.warning("no more memory is faulted in ahead, so transfers over TCP take longer", reason=str(error))
-
-
 # --- parts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +168,7 @@ class _Parts:
     place: Place
     ports: "_Ports"
     store: CpuStore
+    disk: DiskStore | None
     prefaulted: PrefaultedMemory
     closing: ClosingThread
     links: PeerLinks
@@ -206,7 +203,9 @@ async def _secure(config: NodeConfig, ports: "_Ports", generation: int, environ:
     )
 
 
-def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int, security: _Security) -> _Parts:
+def _assemble(
+    config: NodeConfig, place: Place, ports: "_Ports", generation: int, security: _Security, disk: OpenedDisk | None
+) -> _Parts:
     host_id = BOOT_ID.read_text(encoding="ascii").strip()
     machine_config = MachineConfig(
         instance=config.lmcache_instance_id,
@@ -219,12 +218,13 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
         zone=config.zone,
         chunk_size=config.chunk_size,
         cpu_limit_nbytes=config.cpu_limit_nbytes,
-        descriptor_limit=_raise_descriptor_limit(),
+        descriptor_limit=raise_descriptor_limit(),
         move_deadline_s=config.move_deadline_s,
         lease_s=config.lease_s,
         leave_s=config.leave_s,
         peer_fetch=config.peer_fetch,
         wall_offset_s=time.time() - trio.current_time(),
+        disk_limit_nbytes=config.disk_limit_nbytes,
         timers_of=config.gossip.timers_of,
     )
     # Tickets come from this generator: a seeded one would give itself away in the ids of 312 events.
@@ -232,13 +232,15 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
     prefaulted, closing = PrefaultedMemory(config.prefaulted_limit_nbytes), ClosingThread()
     store, links = CpuStore(prefaulted, closing.close_soon), PeerLinks(security.prover, security.dial_rules)
     tcp = TcpFetcher(store, security.dial_rules, config.stream_count)
-    fetcher = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=tcp)
-    driver = Driver(machine, memory=store, links=links, fetcher=fetcher)
+    lanes = RouteFetcher(handoff=HandoffFetcher(store, host_id), tcp=tcp)
+    memories, fetcher = locations(store, disk, lanes)
+    driver = Driver(machine, memories=memories, links=links, fetcher=fetcher)
     return _Parts(
         config=config,
         place=place,
         ports=ports,
         store=store,
+        disk=None if disk is None else disk.store,
         prefaulted=prefaulted,
         closing=closing,
         links=links,
@@ -248,21 +250,15 @@ def _assemble(config: NodeConfig, place: Place, ports: "_Ports", generation: int
     )
 
 
-def _raise_descriptor_limit() -> int:
-    """Raise this process's limit on open files as far as it may, and say how many of them shards may use."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return max(hard - SPARE_DESCRIPTORS, hard // 2)
-
-
 async def _open_doors(parts: _Parts, nursery: trio.Nursery) -> None:
     config, place, ports, driver = parts.config, parts.place, parts.ports, parts.driver
     grants, limit = driver.machine.lane_grant, config.transfer_rate_limit
     if config.same_host_handoff:
         handoff_listener = trio.SocketListener(open_unix_listener(place.lane_socket))
-        await nursery.start(serve_handoffs, handoff_listener, grants, parts.store)
+        await nursery.start(partial(serve_handoffs, disk=parts.disk), handoff_listener, grants, parts.store)
     tcp_listener = trio.SocketListener(trio.socket.from_stdlib_socket(ports.transfer))
-    await nursery.start(serve_tcp, tcp_listener, grants, parts.store, None if limit is None else RateLimit(limit * MIB))
+    rate = None if limit is None else RateLimit(limit * MIB)
+    await nursery.start(partial(serve_tcp, disk=parts.disk), tcp_listener, grants, parts.store, rate)
     engine_door = EngineDoor(driver, parts.store, chunk_size=config.chunk_size, cache_epoch=str(config.cache_epoch))
     await nursery.start(engine_door.serve, open_unix_listener(place.engine_socket))
     routes: dict[str, WebsocketHandler] = {

@@ -25,7 +25,7 @@ from p2pkv.core.chunks import PAGE_NBYTES
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.effects import ENGINE_STAGE, Effect, Lent
 from p2pkv.core.events import EngineAttached, Event, MessageReceived, ShardsSealed, StoreRequested
-from p2pkv.core.ids import Address, Generation, InstanceId, StageId
+from p2pkv.core.ids import Address, Generation, InstanceId, Location, StageId
 from p2pkv.core.keys import ChunkKey, Identity, TokenBytes, fingerprint
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import PROTOCOL_VERSION
@@ -207,7 +207,7 @@ class NodeCluster:
         rules.contacts_are(self.addresses.values())
         prover = Prover(KEY, HOST, Who(name, generation, (PROTOCOL_VERSION,)), door=PEER_PATH)
         links = PeerLinks(prover, rules, partial(self.network.connect, name))
-        driver = Driver(machine, memory=store, links=links, fetcher=HandoffFetcher(store, HOST))
+        driver = Driver(machine, memories={Location.LOCAL_CPU: store}, links=links, fetcher=HandoffFetcher(store, HOST))
         guard = DoorGuard(frozenset(address.port for address in self.addresses.values()), frozenset((HOST,)))
         try:
             async with trio.open_nursery() as nursery:

@@ -7,7 +7,7 @@ event each. A bug in the machine ends the node: half a step may have been taken,
 
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +20,7 @@ import trio
 from p2pkv.core import effects, events
 from p2pkv.core.effects import Answer, AnswerValue, Effect
 from p2pkv.core.events import ClientId, Event
-from p2pkv.core.ids import Address, EventId, LinkId, RequestId, StageId
+from p2pkv.core.ids import Address, EventId, LinkId, Location, RequestId, StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message
@@ -38,7 +38,7 @@ EventSink = Callable[[Event], None]
 
 
 class Memory(Protocol):
-    """What a store does for the driver; see `CpuStore`."""
+    """What a store does for the driver; see `CpuStore` and `DiskStore`."""
 
     def admit(self, stage: StageId, key: ChunkKey) -> None:
         """Make a staged chunk resident."""
@@ -84,14 +84,14 @@ class Driver:
 
     Args:
         machine: Nobody else may call its `handle` and `wake`.
-        memory: Holds the bytes.
+        memories: Hold the bytes, each at its location.
         links: Carry messages.
         fetcher: Brings chunks.
     """
 
-    def __init__(self, machine: Machine, *, memory: Memory, links: Links, fetcher: Fetcher) -> None:
+    def __init__(self, machine: Machine, *, memories: Mapping[Location, Memory], links: Links, fetcher: Fetcher) -> None:
         self.machine = machine
-        self._memory = memory
+        self._memories = memories
         self._links = links
         self._fetcher = fetcher
         self._nursery: trio.Nursery | None = None
@@ -222,11 +222,11 @@ class Driver:
             case effects.CloseLink():
                 self._links.close(effect.link, effect.reason)
             case effects.AdmitStaged():
-                self._memory.admit(effect.stage, effect.key)
+                self._memories[effect.location].admit(effect.stage, effect.key)
             case effects.DropStaged():
-                self._memory.drop(effect.stage, effect.key, effect.worker)
+                self._memories[effect.location].drop(effect.stage, effect.key, effect.worker)
             case effects.ReleaseChunks():
-                self._memory.release(effect.keys)
+                self._memories[effect.location].release(effect.keys)
             case effects.FetchChunks():
                 scope = self._fetches[effect.event_id] = trio.CancelScope()
                 self._start(self._fetch, effect, scope)

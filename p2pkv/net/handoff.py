@@ -17,11 +17,12 @@ import trio
 
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.effects import FetchChunks
-from p2pkv.core.ids import StageId
+from p2pkv.core.ids import Location, StageId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.records import HandoffAddress
-from p2pkv.errors import ErrorCode, Failure, ForeignMemoryError, RemoteProtocolError
+from p2pkv.errors import ErrorCode, Failure, ForeignMemoryError, RemoteProtocolError, UnreadableShardError
 from p2pkv.net.descriptors import is_own_user, send_frame
+from p2pkv.net.disk_fetch import LoadedShards
 from p2pkv.net.lanes import (
     LANE_ERRORS,
     Grants,
@@ -71,16 +72,19 @@ async def serve_handoffs(
     grants: Grants,
     memory: ResidentMemory,
     *,
+    disk: LoadedShards | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Pass descriptors to targets that hold the ticket of an open move, until cancelled."""
-    serve = partial(_serve_target, grants=grants, memory=memory, turns=trio.Semaphore(LANES_AT_ONCE))
+    """Pass descriptors to targets that hold the ticket of an open move, until cancelled; those of what is on `disk` too."""
+    serve = partial(_serve_target, grants=grants, memory=memory, disk=disk, turns=trio.Semaphore(LANES_AT_ONCE))
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, serve, [listener])
         task_status.started()
 
 
-async def _serve_target(stream: trio.SocketStream, *, grants: Grants, memory: ResidentMemory, turns: trio.Semaphore) -> None:
+async def _serve_target(
+    stream: trio.SocketStream, *, grants: Grants, memory: ResidentMemory, disk: LoadedShards | None, turns: trio.Semaphore
+) -> None:
     try:
         async with stream, turns:
             if not is_own_user(stream.socket):
@@ -91,7 +95,10 @@ async def _serve_target(stream: trio.SocketStream, *, grants: Grants, memory: Re
                     fetch = decode(frame, Fetch)
                 grant = grants(event_id)
                 allowed = [key for key in fetch.keys if grant is not None and key in grant.keys]
-                await _pass(stream.socket, allowed, memory)
+                if grant is not None and grant.location is Location.LOCAL_DISK and disk is not None:
+                    await _pass_loaded(stream.socket, allowed, disk)
+                else:
+                    await _pass(stream.socket, allowed, memory)
     except LANE_ERRORS as error:
         _log.warning("a lane was closed", reason=reason_of(error))
 
@@ -105,6 +112,23 @@ async def _pass(connection: trio.socket.SocketType, keys: Iterable[ChunkKey], me
         is_last = start + MAX_FRAME_DESCRIPTORS >= len(shards)
         payload = lane_codec().encode(Descriptors(passed, is_last))
         await send_frame(connection, payload, [held[shard.key][shard.worker] for shard in passed])
+
+
+async def _pass_loaded(connection: trio.socket.SocketType, keys: Iterable[ChunkKey], disk: LoadedShards) -> None:
+    """Load shards from disk and pass them, one a frame, so that one is in memory here at a time."""
+    for key in keys:
+        for worker in range(disk.shard_count(key)):
+            try:
+                shard = await disk.load(key, worker)
+            except UnreadableShardError as error:
+                _log.warning("a chunk on disk isn't passed", reason=str(error))
+                break
+            try:
+                payload = lane_codec().encode(Descriptors((PassedShard(key, worker),), is_last=False))
+                await send_frame(connection, payload, [shard.descriptor])
+            finally:
+                os.close(shard.descriptor)
+    await send_frame(connection, lane_codec().encode(Descriptors((), is_last=True)))
 
 
 def _descriptors(memory: ResidentMemory, key: ChunkKey) -> tuple[int, ...]:

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import trio
 
+from p2pkv.core.ids import Location
 from p2pkv.core.keys import ChunkKey
-from p2pkv.errors import RemoteProtocolError
+from p2pkv.errors import RemoteProtocolError, UnreadableShardError
+from p2pkv.net.disk_fetch import LoadedShards
 from p2pkv.net.lanes import LANE_ERRORS, STALL_S, Grants, admit_target, expect, reason_of, send
 from p2pkv.net.logs import logger
 from p2pkv.net.tcp_lane import LANES_AT_ONCE, RateLimit, TcpLane, open_tcp_lane
@@ -53,6 +55,7 @@ async def serve_tcp(
     memory: ResidentMemory,
     limit: RateLimit | None,
     *,
+    disk: LoadedShards | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Send chunks to targets that hold the ticket of an open move, until cancelled.
@@ -60,11 +63,12 @@ async def serve_tcp(
     Args:
         listener: At the transfer address.
         grants: What the open moves allow.
-        memory: Where the chunks are.
+        memory: Where the chunks in memory are.
         limit: How fast all lanes together may send; None for no limit.
+        disk: Where those on disk are, if any are; one shard a lane is loaded at a time.
         task_status: Told when connections are taken.
     """
-    source = _Source(grants, memory, limit)
+    source = _Source(grants, memory, limit, disk)
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, source.serve, [listener])
         task_status.started()
@@ -73,8 +77,9 @@ async def serve_tcp(
 class _Source:
     """What all lanes of a source share."""
 
-    def __init__(self, grants: Grants, memory: ResidentMemory, limit: RateLimit | None) -> None:
+    def __init__(self, grants: Grants, memory: ResidentMemory, limit: RateLimit | None, disk: LoadedShards | None) -> None:
         self._grants = grants
+        self._disk = disk
         self._memory = memory
         self._limit = limit
         self._places = trio.Semaphore(CONNECTIONS_MAX)
@@ -100,14 +105,38 @@ class _Source:
             grant = self._grants(event_id)
             async with open_tcp_lane(connection, self._threads, self._limit) as lane:
                 for key in fetch.keys:
-                    await self._send_chunk(lane, key, is_granted=grant is not None and key in grant.keys)
+                    if grant is not None and key in grant.keys:
+                        await (self._send_file if grant.location is Location.LOCAL_DISK else self._send_chunk)(lane, key)
+                    else:
+                        await self._send_nothing(lane, key)
         finally:
             self._turns.release()
 
-    async def _send_chunk(self, lane: TcpLane, key: ChunkKey, *, is_granted: bool) -> None:
-        shards = self._shards(key) if is_granted else ()
+    async def _send_nothing(self, lane: TcpLane, key: ChunkKey) -> None:
+        await lane.run(lane.send, ShardHeader(key, worker=0, nbytes=0).encode())
+
+    async def _send_file(self, lane: TcpLane, key: ChunkKey) -> None:
+        """Send a chunk from disk; when a shard of it can't be read, the target hears that it isn't held."""
+        count = 0 if self._disk is None else self._disk.shard_count(key)
+        for worker in range(count):
+            assert self._disk is not None, "it has shards"
+            try:
+                shard = await self._disk.load(key, worker)
+            except UnreadableShardError as error:
+                _log.warning("a chunk on disk isn't sent", reason=str(error))
+                await self._send_nothing(lane, key)
+                return
+            try:
+                await lane.run(lane.send_shard, ShardHeader(key, worker, shard.nbytes), shard.descriptor, shard.checksum)
+            finally:
+                os.close(shard.descriptor)
+        if not count:
+            await self._send_nothing(lane, key)
+
+    async def _send_chunk(self, lane: TcpLane, key: ChunkKey) -> None:
+        shards = self._shards(key)
         if not shards:
-            await lane.run(lane.send, ShardHeader(key, worker=0, nbytes=0).encode())
+            await self._send_nothing(lane, key)
         with _held(shard.descriptor for shard in shards) as descriptors:
             for worker, (shard, descriptor) in enumerate(zip(shards, descriptors, strict=True)):
                 header = ShardHeader(key, worker, shard.nbytes)

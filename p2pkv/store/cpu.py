@@ -119,8 +119,10 @@ class CpuStore:
         shard.is_sealed = True
         shard.checksum = checksum
 
-    def adopt(self, stage: StageId, key: ChunkKey, worker: int, descriptor: int, nbytes: int) -> None:
-        """Stage memory that another process has sealed.
+    def adopt(
+        self, stage: StageId, key: ChunkKey, worker: int, descriptor: int, nbytes: int, checksum: bytes | None = None
+    ) -> None:
+        """Stage memory that is sealed already, by another process or after it was read from disk.
 
         Args:
             stage: Who brings it.
@@ -128,6 +130,7 @@ class CpuStore:
             worker: Which shard.
             descriptor: The store's from now on, also when it is refused.
             nbytes: Payload that was announced.
+            checksum: Of the payload, if it is known.
 
         Raises:
             ForeignMemoryError: It isn't sealed memory of that size. It was closed.
@@ -137,7 +140,7 @@ class CpuStore:
         except ForeignMemoryError:
             os.close(descriptor)
             raise
-        self._stage(stage, key, worker, Shard(descriptor, nbytes, is_sealed=True))
+        self._stage(stage, key, worker, Shard(descriptor, nbytes, is_sealed=True, checksum=checksum))
 
     def admit(self, stage: StageId, key: ChunkKey) -> None:
         """Make a staged chunk resident. All its shards are sealed; a resident chunk of the same key is closed."""
@@ -161,8 +164,11 @@ class CpuStore:
 
     def shards(self, key: ChunkKey) -> tuple[Shard, ...]:
         """A resident chunk's shards, in order of workers; their descriptors stay the store's."""
-        shards = self._resident[key]
-        return tuple(shards[worker] for worker in sorted(shards))
+        return _in_order(self._resident[key])
+
+    def staged(self, stage: StageId, key: ChunkKey) -> tuple[Shard, ...]:
+        """A staged chunk's shards, in order of workers; their descriptors stay the store's."""
+        return _in_order(self._staged[stage, key])
 
     def descriptors(self, key: ChunkKey) -> tuple[int, ...]:
         """Descriptors of a resident chunk's shards, in order of workers; they stay the store's."""
@@ -198,6 +204,10 @@ class CpuStore:
     def _close(self, shards: _Shards) -> None:
         for shard in shards.values():
             self._close_descriptor(shard.descriptor)
+
+
+def _in_order(shards: _Shards) -> tuple[Shard, ...]:
+    return tuple(shards[worker] for worker in sorted(shards))
 
 
 def _each(chunks: Iterable[_Shards]) -> Iterator[Shard]:

@@ -127,6 +127,10 @@ class Cluster:
         self.folder = folder
         self._stack = stack
 
+    def adopt(self, end: Callable[[], object]) -> None:
+        """Have something ended with the cluster."""
+        self._stack.callback(end)
+
     def start(self, **keys: tuple[str, ...]) -> list[NodeProcess]:
         """Start a node for each name, with these lines in its yaml, one after the other."""
         nodes = []

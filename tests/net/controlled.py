@@ -136,7 +136,7 @@ class ControlledNode:
         self.store = CpuStore()
         memory: Memory = self.store
         unused: Any = Unused()
-        self.driver = Driver(self.machine, memory=memory, links=unused, fetcher=unused)
+        self.driver = Driver(self.machine, memories={Location.LOCAL_CPU: memory}, links=unused, fetcher=unused)
         self.door = ControlDoor(self.driver, DoorGuard(frozenset({PORT})))
         self._nursery = nursery
 

@@ -124,7 +124,7 @@ def shell() -> Shell:
 
 @pytest.fixture
 async def driver(machine: ObedientMachine, shell: Shell, nursery: trio.Nursery) -> Driver:
-    driver = Driver(machine, memory=shell, links=shell, fetcher=shell)
+    driver = Driver(machine, memories={Location.LOCAL_CPU: shell}, links=shell, fetcher=shell)
     await nursery.start(driver.run)
     return driver
 
@@ -345,7 +345,7 @@ async def test_a_bug_in_the_machine_ends_the_node_loudly(
         raise ZeroDivisionError
 
     machine.reactions[LinkLost] = fail
-    driver = Driver(machine, memory=shell, links=shell, fetcher=shell)
+    driver = Driver(machine, memories={Location.LOCAL_CPU: shell}, links=shell, fetcher=shell)
 
     async def run_into_it() -> None:
         async with trio.open_nursery() as nursery:

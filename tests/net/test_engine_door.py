@@ -20,7 +20,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from p2pkv.core import effects
 from p2pkv.core.config import MachineConfig
-from p2pkv.core.ids import Address, LinkId
+from p2pkv.core.ids import Address, LinkId, Location
 from p2pkv.core.keys import ChunkKey, Identity
 from p2pkv.core.machine import Machine
 from p2pkv.core.messages import Message
@@ -141,7 +141,7 @@ class Node:
         )
         self.machine = Machine(config, Random("a"), trio.current_time())
         peers = NoPeers()
-        self.driver = Driver(self.machine, memory=self.store, links=peers, fetcher=peers)
+        self.driver = Driver(self.machine, memories={Location.LOCAL_CPU: self.store}, links=peers, fetcher=peers)
         self.door = EngineDoor(self.driver, self.store, chunk_size=chunk_size, cache_epoch="7")
 
     async def connect(self, attach: Attach | None = ATTACH) -> Client:

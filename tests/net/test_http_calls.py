@@ -12,7 +12,7 @@ import trio.testing
 
 from p2pkv.core.config import MachineConfig
 from p2pkv.core.events import LeaveRequested
-from p2pkv.core.ids import Address
+from p2pkv.core.ids import Address, Location
 from p2pkv.core.keys import MAX_TOKENS
 from p2pkv.core.machine import Machine
 from p2pkv.net.access import DoorGuard
@@ -55,7 +55,12 @@ async def driver() -> AsyncIterator[Driver]:
     store = CpuStore()
     machine = Machine(config, Random("http"), trio.current_time())
     prover = Prover(bytes(32), "p2pkv", Who("a", 7, (1,)), door=PEER_PATH)
-    driver = Driver(machine, memory=store, links=PeerLinks(prover, DialRules(())), fetcher=HandoffFetcher(store, "host"))
+    driver = Driver(
+        machine,
+        memories={Location.LOCAL_CPU: store},
+        links=PeerLinks(prover, DialRules(())),
+        fetcher=HandoffFetcher(store, "host"),
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run)
         yield driver
