@@ -93,7 +93,6 @@ def test_names_that_are_no_instance_ids_are_refused(write: Write, name: str) -> 
 @pytest.mark.parametrize(
     "line",
     [
-        "local_disk: file:///tmp/x",
         "tls_cert: /c",
         "tls_key: /k",
         "tls_ca: /a",
@@ -324,3 +323,11 @@ def test_every_timer_can_be_changed() -> None:
 )
 def test_timers_that_make_no_sense_are_refused_by_name(write: Write, value: str, sentence: str) -> None:
     assert sentence in problems(write(f"{NEEDED}gossip: {value}\n"))
+
+
+def test_a_disk_is_written_as_lmcache_writes_it_and_needs_a_limit(write: Write) -> None:
+    config = NodeConfig.from_yaml(write(f"{NEEDED}local_disk: file:///tmp/chunks/\nmax_local_disk_size: 0.5\n"), {})
+    assert (config.local_disk, config.disk_limit_nbytes) == (Path("/tmp/chunks"), 2**29)
+    assert NodeConfig.from_yaml(write(f"{NEEDED}max_local_disk_size: 5\n"), {}).disk_limit_nbytes == 0
+    with pytest.raises(ConfigError, match="max_local_disk_size: must be above 0, as local_disk has a limit"):
+        NodeConfig.from_yaml(write(f"{NEEDED}local_disk: file:///tmp/chunks\n"), {})

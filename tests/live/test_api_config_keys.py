@@ -124,6 +124,7 @@ WRONG = {
     "local_cpu": ("maybe", "valid boolean"),
     "max_local_cpu_size": ("-1", "greater than 0"),
     "max_prefaulted_size": ("-1", "greater than or equal to 0"),
+    "local_disk": ("relative/path", "must be file:///path of a directory"),
     "max_local_disk_size": ("-1", "greater than or equal to 0"),
     "cache_policy": ("FIFO", "'LRU'"),
     "cache_epoch": ("-1", "greater than or equal to 0"),
@@ -152,7 +153,6 @@ WRONG = {
 }
 """For each key a wrong value, and what is said of it."""
 NOT_YET = {
-    "local_disk": "file:///tmp/chunks",
     "tls_cert": "/cert",
     "tls_key": "/key",
     "tls_ca": "/ca",
