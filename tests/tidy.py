@@ -256,7 +256,7 @@ def _iterated(node: ast.AST) -> Iterator[ast.expr]:
 
 # --- no torch in the node -------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "vllm")
+HEAVY = ("torch", "transformers", "tokenizers", "vllm")
 """What the extra `engines` brings, but for numpy, and vLLM: a node starts without it."""
 
 
