@@ -232,7 +232,7 @@ class NodeConfig(BaseModel):
     local_disk: Annotated[Path | None, BeforeValidator(_folder)] = None
     max_local_disk_size: Annotated[
         float, BeforeValidator(number), Field(ge=0, le=2**20, allow_inf_nan=False), AfterValidator(_limited)
-    ] = Field(0.0, validate_default=True)
+    ] = Field(default=0.0, validate_default=True)
     cache_policy: Literal["LRU"] = "LRU"
     cache_epoch: Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**63)] = 0
     enable_controller: bool = True

@@ -190,7 +190,7 @@ async def test_1_is_a_move_that_ends_partial(runtime_dir: Path, tmp_path: Path, 
         configs = [write_config(tmp_path, name, *lines) for name, lines in (("p", SLOW), ("q", ()))]
         source, _ = [await stack.enter_async_context(open_node(NodeConfig.from_yaml(config))) for config in configs]
         await trio.to_thread.run_sync(store, configs[0], PROMPT)
-        memory: Any = source.driver._memory
+        memory: Any = source.driver._memories[Location.LOCAL_CPU]
         _, second, _ = memory._resident
         memory.shards(second)[0].checksum = bytes(16)
         with trio.fail_after(5):
