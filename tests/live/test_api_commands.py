@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from p2pkv import NodeConfig, open_node
 from p2pkv.cli import app
+from p2pkv.core.ids import Location
 from tests.live.command_line import COMMAND, PROMPT, Run, free_port, store, write_config
 from tests.live.doors import CPU, SLOW, Cluster, NodeProcess, client_of, command, open_cluster, states, until
 
