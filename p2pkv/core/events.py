@@ -69,6 +69,7 @@ class MoveRequested:
     tokens: TokenBytes
     identity: Identity
     model: str | None
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class How(TypedDict, total=False):
     operation: Operation
     selection: Selection
     model: str
+    idempotency_key: str
 
 
 class Way(Enum):
@@ -222,6 +223,7 @@ class Cluster:
                 tokens=tokens,
                 identity=IDENTITY,
                 model=how.get("model"),
+                idempotency_key=how.get("idempotency_key"),
             ),
         )
 

@@ -94,6 +94,7 @@ class Coordinator:
             tokens=event.tokens,
             identity=event.identity,
             model=event.model,
+            idempotency_key=event.idempotency_key,
         )
         problem = self.plan(message, event.request, now)
         if problem is not None:
@@ -185,6 +186,9 @@ class Coordinator:
                 self.outbox.send(sender, CancelRequest(answer.event_id))
             return
         del self._plans[answer.event_id]
+        if answer.event is not None and plan.request is not None and _is_repeat(plan.message, answer.event):
+            self.outbox.answer(plan.request, answer.event)
+            return
         if answer.event is None or answer.event.event_id != answer.event_id:
             problem = answer.failure or Failure(ErrorCode.PROTOCOL_ERROR, f"Instance {sender!r} sent a plan without an event.")
             self._fail(plan.request, problem)
@@ -319,3 +323,9 @@ class Coordinator:
             self.outbox.send(parties.target, EventRequest(event_id))
         else:
             self._give_up(event_id, f"Source {parties.source!r} was lost during the move.", now)
+
+
+def _is_repeat(message: PlanRequest, event: EventRecord) -> bool:
+    """Whether `event`, with which a source answered a plan, is the one that its key stood for already."""
+    is_another = event.event_id != message.event_id and message.idempotency_key is not None
+    return is_another and (event.old_position, event.new_position) == (message.old_position, message.new_position)

@@ -32,6 +32,7 @@ from p2pkv.core.messages import (
 )
 from p2pkv.core.moves.handover import Handover
 from p2pkv.core.moves.plan import Manifest, find_manifest, namespace_problem, unknown_location
+from p2pkv.core.moves.repeats import Repeats
 from p2pkv.core.moves.source_move import LaneGrant, SourceMove
 from p2pkv.core.moves.tables import SOURCE, SourceInput, SourceState
 from p2pkv.core.outbox import Outbox
@@ -58,6 +59,7 @@ class SourceMoves:
         self._outbox = outbox
         self._rng = rng
         self._handover = Handover(config, holdings, outbox)
+        self._repeats = Repeats(history)
         self._open: dict[EventId, SourceMove] = {}
         self.is_leaving = False
 
@@ -65,8 +67,9 @@ class SourceMoves:
 
     def plan(self, request: PlanRequest, coordinator: InstanceId, now: float) -> None:
         """Answer the coordinator, and begin the move if there is anything to move."""
-        record = self._history.get(request.event_id)
-        answer: EventRecord | Failure = record if record is not None else self._begin(request, coordinator, now)
+        answer: EventRecord | Failure | None = self._history.get(request.event_id) or self._repeats.find(request)
+        if answer is None:
+            answer = self._begin(request, coordinator, now)
         if isinstance(answer, Failure):
             self._outbox.send(coordinator, PlanAnswer(event_id=request.event_id, event=None, failure=answer))
         else:
@@ -121,6 +124,7 @@ class SourceMoves:
         if not is_over:
             self._open_move(request, record, manifest, target.generation, now)
         self._keep(record, now)
+        self._repeats.add(request)
         return record
 
     def _open_move(
