@@ -49,23 +49,33 @@ class Fetching:
     def promise(self, move: TargetMove, now: float) -> Failure | None:
         """Promise room for all that is missing, and lease what is here; the failure says why there is none."""
         book = self.book(move)
-        pending, present = [], []
-        for chunk in move.manifest.values():
-            residency = book.get(chunk.key)
-            if residency is None:
-                pending.append(chunk)
-            elif residency.slot is None:
-                residency.leases[move.event_id] = move.deadline
-                present.append(chunk.key)
-        need = sum((room_of(chunk) for chunk in pending), NO_ROOM)
+        move.pending = [chunk for chunk in move.manifest.values() if self._is_missing(move, chunk)]
+        need = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
         if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             self.release_leases(move)
             return self._no_room(need, book, now)
-        move.pending, move.present = pending, dict.fromkeys(present)
         source = self._membership.record_of(move.source)
         move.routes = [] if source is None else routes_between(source, self._membership.me)
         book.promised[move.event_id] = need
         return None
+
+    def _is_missing(self, move: TargetMove, chunk: Chunk) -> bool:
+        """Whether a chunk is to be fetched. One that is here is leased; one that another move is bringing is awaited."""
+        residency = self.book(move).get(chunk.key)
+        if residency is None:
+            return True
+        if isinstance(residency.slot, Incoming) and not residency.slot.is_verified:
+            move.awaited[chunk.key] = chunk
+        elif residency.slot is None or isinstance(residency.slot, Incoming):
+            residency.leases[move.event_id] = move.deadline
+            move.present[chunk.key] = None
+        return False
+
+    def look_again(self, move: TargetMove) -> bool:
+        """Whether a move that waits for others' fetches may go on: what it awaits is here, or it has to fetch that itself."""
+        awaited, move.awaited = move.awaited, {}
+        move.pending += [chunk for chunk in awaited.values() if self._is_missing(move, chunk)]
+        return not move.is_fetching and (bool(move.pending) or not move.awaited)
 
     def _no_room(self, need: Room, book: Residencies, now: float) -> Failure:
         detail = (
@@ -109,7 +119,7 @@ class Fetching:
         limit = HANDOFF_BATCH if move.routes and isinstance(move.routes[0], HandoffAddress) else TCP_BATCH
         while move.pending and (not batch or (need + room_of(move.pending[0])).fits(limit)):
             chunk = move.pending.pop(0)
-            if self.book(move).get(chunk.key) is None:
+            if self._is_missing(move, chunk):
                 batch.append(chunk)
                 need += room_of(chunk)
         return batch, need
@@ -145,14 +155,27 @@ class Fetching:
         move.problem = event.failure if not move.routes else None
 
     def own_fetched(self, move: TargetMove, now: float) -> None:
-        """Own all that was fetched and isn't owned yet; suffixes first, so that prefixes are the last to be evicted."""
-        for residency in reversed(self._incoming(move, is_verified=True)):
-            self._holdings.own_staged(self.book(move), residency, stage=move.event_id, now=now)
+        """Own all that was fetched, for this move or another, and isn't owned yet.
 
-    def drop_fetched(self, move: TargetMove) -> None:
-        """Free all that was fetched and isn't owned."""
+        Suffixes first, so that prefixes are the last to be evicted.
+        """
+        for key in reversed(move.manifest):
+            residency = self.book(move).get(key)
+            if residency is not None:
+                self.own_verified(move, residency, now)
+
+    def own_verified(self, move: TargetMove, residency: Residency, now: float) -> None:
+        """Own a chunk of a move's, if its bytes are verified and nobody's: it doesn't matter which move brought them."""
+        if isinstance(residency.slot, Incoming) and residency.slot.is_verified:
+            self._holdings.own_staged(self.book(move), residency, stage=residency.slot.move, now=now)
+
+    def drop_fetched(self, move: TargetMove, now: float) -> None:
+        """Free all that was fetched and isn't owned. What another move counts on is owned instead: at worst, a duplicate."""
         for residency in self._incoming(move, is_verified=True):
-            self._holdings.drop_staged(self.book(move), residency, stage=move.event_id)
+            if residency.leases.keys() <= {move.event_id}:
+                self._holdings.drop_staged(self.book(move), residency, stage=move.event_id)
+            else:
+                self.own_verified(move, residency, now)
 
     def release_leases(self, move: TargetMove) -> None:
         """The move needs neither room nor what was here before."""
