@@ -65,10 +65,10 @@ def show(report: Report, console: Console) -> None:
         memory = f"{first.memory_mib:.0f} / {last.memory_mib:.0f}"
         weights.add_row(name, memory, f"{first.descriptors} / {last.descriptors}", f"{first.threads} / {last.threads}")
     console.print(weights)
-    for violation in report.violations:
-        console.print(f"VIOLATION: {violation}", soft_wrap=True, markup=False)
     if report.violations:
         console.print("\n".join(report.journal[-JOURNAL_LINES:]), soft_wrap=True, markup=False)
+    for violation in report.violations:
+        console.print(f"VIOLATION: {violation}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

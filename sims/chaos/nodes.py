@@ -39,12 +39,14 @@ class Member:
 
     Attributes:
         is_stopped: Whether it stands still.
+        config: What its engines attach by, whatever ports its process has.
         uses: Held by whoever kills, stops or starts it.
     """
 
     name: InstanceId
     settings: Settings
     node: NodeProcess
+    config: NodeConfig
     is_stopped: bool = False
     uses: threading.Lock = field(default_factory=threading.Lock)
 
@@ -73,7 +75,8 @@ class Members:
                 "lease_s": LEASE_S,
                 "same_host_handoff": str(name not in over_tcp).lower(),
             }
-            self.all[name] = Member(name, settings, bench.start(name, **settings))  # type: ignore[arg-type]
+            node = bench.start(name, **settings)  # type: ignore[arg-type]
+            self.all[name] = Member(name, settings, node, NodeConfig.from_yaml(node.config))
         with self.attach(next(iter(self.all))) as cache:
             self.namespace = cache.namespace
 
@@ -122,7 +125,7 @@ class Members:
 
     def attach(self, name: InstanceId) -> EngineCache:
         """An engine of an instance; nothing is started for it."""
-        return EngineCache.attach(NodeConfig.from_yaml(self.all[name].node.config), model=MODEL, layout=LAYOUT, autostart=False)
+        return EngineCache.attach(self.all[name].config, model=MODEL, layout=LAYOUT, autostart=False)
 
     def cancel(self, name: InstanceId, event_id: str) -> str:
         """What became of an event that was to be cancelled, as a state or an error."""

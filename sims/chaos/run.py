@@ -37,7 +37,7 @@ class Report:
         first: What each process took after the first round.
         last: The same after the last one.
         violations: What must not be. Empty: all promises were kept.
-        journal: Of the last round.
+        journal: What was done in the last round to what was lost; all of it, if something else is wrong.
     """
 
     seed: int
@@ -116,7 +116,6 @@ def _look(members: Members, ledger: Ledger, round_: Round, report: Report) -> No
     """When all is quiet again: does everything that must be held exist, and has every event ended?"""
     report.rounds += 1
     report.counts += round_.counts
-    report.journal = round_.journal
     report.violations += round_.violations
     try:
         members.settle()
@@ -126,6 +125,8 @@ def _look(members: Members, ledger: Ledger, round_: Round, report: Report) -> No
     look = ledger.look({name: members.inventory(name) for name in members.all})
     report.held += look.held
     report.excused += look.excused
+    lost = look.lost or None
+    report.journal = [str(entry) for entry in round_.journal if lost is None or any(map(entry.concerns, lost))]
     report.violations += [f"chunk {each:016x} is lost, which {', '.join(at)} may have had" for each, at in look.lost.items()]
     for event_id in round_.events:
         event = members.event(event_id)

@@ -4,12 +4,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 
 import httpx2
 
 from p2pkv.core.ids import InstanceId
-from p2pkv.errors import ErrorCode, NodeUnreachableError, P2pkvError, StoreFullError
+from p2pkv.core.keys import Fingerprint
+from p2pkv.errors import ErrorCode, NodeUnreachableError, StoreFullError
 from sims.chaos.ledger import Ledger
 from sims.chaos.nodes import AT, Members
 from sims.chaos.prompts import Prompt, filler, is_right
@@ -33,6 +35,22 @@ EXPECTED = {
 """What users are told when nodes are killed and full; anything else is a bug."""
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something that was done: when, in seconds since the round began, and to which chunks; None: to any."""
+
+    at: float
+    text: str
+    fingerprints: tuple[Fingerprint, ...] | None = None
+
+    def concerns(self, fingerprint: Fingerprint) -> bool:
+        """Whether it may have something to do with what became of a chunk."""
+        return self.fingerprints is None or fingerprint in self.fingerprints
+
+    def __str__(self) -> str:
+        return f"{self.at:7.3f} {self.text}"
+
+
 class Round:
     """Threads that act until they are told to end.
 
@@ -46,7 +64,7 @@ class Round:
     def __init__(self, members: Members, ledger: Ledger, guarded: Sequence[Prompt], seed: str) -> None:
         self.counts: Counter[str] = Counter()
         self.events: dict[str, None] = {}
-        self.journal: list[str] = []
+        self.journal: list[Entry] = []
         self.violations: list[str] = []
         self._members = members
         self._names = list(members.all)
@@ -71,9 +89,9 @@ class Round:
         for thread in threads:
             thread.join()
 
-    def _note(self, text: str) -> None:
+    def _note(self, text: str, fingerprints: tuple[Fingerprint, ...] | None = None) -> None:
         with self._lock:
-            self.journal.append(f"{time.monotonic() - self._began_at:7.3f} {text}")
+            self.journal.append(Entry(time.monotonic() - self._began_at, text, fingerprints))
 
     def _count(self, what: str) -> None:
         with self._lock:
@@ -97,7 +115,7 @@ class Round:
                 self._count("calls that found nobody")
             except StoreFullError:
                 self._count("stores refused: store_full")
-            except P2pkvError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it mustn't be
                 self._violate(f"{deed.__name__}: {error!r}")
             time.sleep(rng.uniform(*THINK_S))
 
@@ -106,11 +124,12 @@ class Round:
         is_copy = rng.random() < COPIES
         source, target = self._source(prompt, rng), rng.choice(self._names)
         body = {"tokens": list(prompt.tokens), "copy": is_copy, "idempotency_key": f"{rng.getrandbits(64):x}"}
+        fingerprints = prompt.fingerprints(self._members.namespace)
         if not is_copy:
             with self._lock:
-                self._ledger.moved(prompt.fingerprints(self._members.namespace), source, target)
+                self._ledger.moved(fingerprints, source, target)
         for _ in range(1 + (rng.random() < RETRIES)):
-            self._ask_move("copy" if is_copy else "move", source, target, body, rng)
+            self._ask_move("copy" if is_copy else "move", source, target, body, rng, fingerprints)
 
     def _move_all(self, rng: Random) -> None:
         source, target = rng.choice(self._names), rng.choice(self._names)
@@ -126,17 +145,27 @@ class Round:
                 return str(rng.choice(sorted(found["layout_info"])))
         return rng.choice(self._names)
 
-    def _ask_move(self, what: str, source: InstanceId, target: InstanceId, body: dict[str, object], rng: Random) -> None:
+    def _ask_move(
+        self,
+        what: str,
+        source: InstanceId,
+        target: InstanceId,
+        body: dict[str, object],
+        rng: Random,
+        fingerprints: tuple[Fingerprint, ...] | None = None,
+    ) -> None:
         by, wait_s = rng.choice(self._names), rng.choice([0, 0, 2])
-        self._note(f"{what} from {source} to {target} asked of {by}: {len(str(body.get('tokens', '')))}")
+        said = f"{what} from {source} to {target} asked of {by}"
+        self._note(said, fingerprints)
         status, answer = self._members.call(
             by, "/move", old_position=[source, AT], new_position=[target, AT], wait_s=wait_s, **body
         )
+        self._note(f"{said}: {answer.get('event_id', '')} {answer.get('state') or answer['error']}", fingerprints)
         if "event_id" in answer:
             with self._lock:
                 self.events[answer["event_id"]] = None
         self._count(f"{what}: {answer.get('state') or answer['error']}")
-        self._check(f"{what} from {source} to {target}", status, answer)
+        self._check(said, status, answer)
 
     def _store(self, rng: Random) -> None:
         name, prompt = rng.choice(self._names), filler(rng)
