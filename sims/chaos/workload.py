@@ -84,10 +84,12 @@ class Round:
         threads += [threading.Thread(target=self._strike, args=(*each, f"{self._seed}:blow")) for each in plan]
         for thread in threads:
             thread.start()
-        self._ends.wait(seconds)
-        self._ends.set()
-        for thread in threads:
-            thread.join()
+        try:
+            self._ends.wait(seconds)
+        finally:
+            self._ends.set()
+            for thread in threads:
+                thread.join()
 
     def _note(self, text: str, fingerprints: tuple[Fingerprint, ...] | None = None) -> None:
         with self._lock:
