@@ -3,6 +3,7 @@
 Exit codes: 0 every promise was kept and every target reached, 1 something broke or missed its target, 2 wrong usage.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from os import cpu_count
@@ -19,6 +20,7 @@ from sims.batch import Totals, run_batch
 from sims.errors import ExperimentError
 from sims.experiments import figures
 from sims.experiments.catalogue import EXPERIMENTS, MODELLED_MAX, NODES_MIN, TRACE_EXPERIMENTS
+from sims.handover import command as handover
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
 from sims.run import run_seed
@@ -104,6 +106,7 @@ def list_all() -> None:
         experiments.add_row(name, experiment.description)
     for name, of_trace in TRACE_EXPERIMENTS.items():
         experiments.add_row(f"{name} --trace FILE", of_trace.description)
+    experiments.add_row("handover --exhaustive", "two moves at once: every order of what can happen, within bounds")
     console.print(scenarios, experiments, mutants)
 
 
@@ -163,5 +166,13 @@ def tell(name: str, scenario: Scenario, seed: int, mutant: str | None) -> None:
     report.show_paths(totals)
 
 
+def run() -> None:
+    """The one name that has options of its own is a command of its own."""
+    if sys.argv[1:2] == ["handover"]:
+        handover.app(sys.argv[2:], prog_name="sims handover")
+    else:
+        app()
+
+
 if __name__ == "__main__":
-    app()
+    run()

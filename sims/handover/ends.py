@@ -36,12 +36,15 @@ from p2pkv.core.records import HandoffAddress, LocationStatus, MemberRecord, Mem
 from p2pkv.core.residency import Residencies
 from p2pkv.core.serving import Serving
 from sims.engine import NAMESPACE, ROOT
+from sims.ledger import PromiseBrokenError
 
 GENERATION = 1
 CHUNKS_MAX = 8
 """Room for four times what there is: nothing has to be evicted."""
 LEASE_S, MOVE_DEADLINE_S, LEAVE_S = 12.0, 20.0, 2.0
 """Just long enough that a Take's answer, a silent target and a move have deadlines at different times, in this order."""
+LONGEST_S = 4 * MOVE_DEADLINE_S
+"""By then all has ended: two moves, one after the other, and what their ends and coordinators wait longer."""
 CLIENT = 1
 
 
@@ -214,6 +217,8 @@ class End(Machine):
                 self._follow(Lost(happening.instance), self.now)
             case TimePassed():
                 self.now += happening.seconds
+                if self.now > LONGEST_S:
+                    raise PromiseBrokenError(f"M6: {self.config.instance} has something to do after {LONGEST_S:g} s")
                 self._wake(self.now)
             case TimeOver():
                 self._wake(self.now + happening.seconds)

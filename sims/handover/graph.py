@@ -14,7 +14,7 @@ What makes it small enough, and why nothing is lost:
 from collections.abc import Sequence
 from enum import Enum, auto
 from math import inf
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 from p2pkv.core.events import FetchEnded
 from p2pkv.core.ids import InstanceId
@@ -22,9 +22,9 @@ from p2pkv.core.keys import ChunkKey
 from p2pkv.core.moves.handover import TAKE_ANSWER_S
 from p2pkv.core.moves.target import DEADLINE_GRACE_S
 from p2pkv.errors import ErrorCode, Failure
-from sims.handover.ends import LEASE_S, MOVE_DEADLINE_S, End, Happening, PeerLost, TimeOver, TimePassed
+from sims.handover.ends import LEASE_S, MOVE_DEADLINE_S, End, PeerLost, TimeOver, TimePassed
 from sims.handover.kinds import CHUNKS, NAMES, Kind
-from sims.handover.tables import Due, Fetch, Step, Tables
+from sims.handover.tables import Due, Fetch, Tables
 from sims.handover.witness import MoveSeen, Seen, Witness
 from sims.ledger import PromiseBrokenError
 
@@ -158,33 +158,27 @@ class Graph:
             AssertionError: A promise or an invariant is broken by it.
             KeyError: A machine has lost track of a move.
         """
-        bounds = state.bounds
-        match choice.way:
-            case Way.HAPPENS:
-                return self._happens(state, choice.number, is_last=True)
-            case Way.REPEATS:
-                again = state._replace(bounds=bounds._replace(repeats=bounds.repeats - 1))
-                return self._happens(again, choice.number, is_last=False)
-            case Way.IS_LOST:
-                less = state._replace(bounds=bounds._replace(losses=bounds.losses - 1))
-                item = self.tables.items[choice.number]
-                if isinstance(item, Fetch):
-                    return self._carries(less, choice.number, item, choice.extent)
-                return less._replace(items=_without(state.items, choice.number))
-            case Way.CRASHES:
-                less = state._replace(bounds=bounds._replace(crashes=bounds.crashes - 1))
-                return self._crashes(less, choice.number)
-            case Way.IS_EARLY:
-                less = state._replace(bounds=bounds._replace(early=bounds.early - 1))
-                return self._steps_on(less, choice.number, TimeOver(EARLY_S[choice.extent]))
-            case Way.TIME:
-                return self._time_passes(state)
-            case _:
-                assert_never(choice.way)
+        ends, items, seen, bounds = state
+        way, number = choice.way, choice.number
+        if way is Way.HAPPENS:
+            return self._happens(State(ends, _without(items, number), seen, bounds), number)
+        if way is Way.REPEATS:
+            return self._happens(State(ends, items, seen, bounds._replace(repeats=bounds.repeats - 1)), number)
+        if way is Way.IS_LOST:
+            less = State(ends, _without(items, number), seen, bounds._replace(losses=bounds.losses - 1))
+            item = self.tables.items[number]
+            return self._carries(less, item, choice.extent) if isinstance(item, Fetch) else less
+        if way is Way.CRASHES:
+            return self._crashes(State(ends, items, seen, bounds._replace(crashes=bounds.crashes - 1)), number)
+        if way is Way.IS_EARLY:
+            state = State(ends, items, seen, bounds._replace(early=bounds.early - 1))
+        for index, due in self.due(state, choice):
+            state = self._step(state, index, due)
+        return state
 
-    def _steps_on(self, state: State, index: int, happening: Happening) -> State:
+    def _step(self, state: State, index: int, due: int) -> State:
         """Something happens to one instance."""
-        step = self.tables.step(state.ends[index], NAMES[index], happening)
+        step = self.tables.step(state.ends[index], due)
         seen = self.tables.seen_after(state.seen, step)
         ends = (*state.ends[:index], step.end, *state.ends[index + 1 :])
         items = state.items
@@ -193,24 +187,22 @@ class Graph:
             items = tuple(sorted((*items, *arriving)))
         return State(ends, items, seen, state.bounds)
 
-    def _happens(self, state: State, number: int, *, is_last: bool) -> State:
+    def _happens(self, state: State, number: int) -> State:
+        """What was on its way happens."""
         item = self.tables.items[number]
         if isinstance(item, Fetch):
-            return self._carries(state, number, item, len(item.order.chunks))
-        if is_last:
-            state = state._replace(items=_without(state.items, number))
-        if isinstance(item.happening, PeerLost):  # and so is the link to it
-            lost = item.happening.instance
-            state = state._replace(
-                items=tuple(each for each in state.items if not self._is_on_link(each, item.name, lost))
-            )
-        return self._steps_on(state, _INDEX[item.name], item.happening)
+            return self._carries(state, item, len(item.order.chunks))
+        if isinstance(item.happening, PeerLost):  # and with it the link, and what is still on that
+            link = (item.name, item.happening.instance)
+            items = tuple(each for each in state.items if not self._is_on(each, link))
+            state = State(state.ends, items, state.seen, state.bounds)
+        return self._step(state, _INDEX[item.name], number)
 
-    def _is_on_link(self, number: int, name: InstanceId, sender: InstanceId) -> bool:
+    def _is_on(self, number: int, link: tuple[InstanceId, InstanceId]) -> bool:
         item = self.tables.items[number]
-        return isinstance(item, Due) and (item.name, item.sender) == (name, sender)
+        return isinstance(item, Due) and (item.name, item.sender) == link
 
-    def _carries(self, state: State, number: int, fetch: Fetch, most: int) -> State:
+    def _carries(self, state: State, fetch: Fetch, most: int) -> State:
         """A lane brings up to `most` chunks, as far as its source grants and has them."""
         order, seen = fetch.order, self.tables.seens[state.seen]
         source = state.ends[_INDEX[order.source]]
@@ -226,37 +218,30 @@ class Graph:
         witness = Witness(seen)
         witness.carried(fetch.name, order.event_id, brought)
         ended = self.tables.items.of(Due(fetch.name, FetchEnded(order.event_id, tuple(brought), failure)))
-        items = tuple(sorted((*_without(state.items, number), ended)))
-        return state._replace(items=items, seen=self.tables.seens.of(witness.seen()))
+        return State(
+            state.ends, tuple(sorted((*state.items, ended))), self.tables.seens.of(witness.seen()), state.bounds
+        )
 
     def _crashes(self, state: State, index: int) -> State:
         """What comes to it is lost; what it has sent arrives until its peers know."""
-        name = NAMES[index]
-        ends = (*state.ends[:index], DOWN, *state.ends[index + 1 :])
-        witness = Witness(self.tables.seens[state.seen])
-        witness.crashed(name)
+        name, ends = NAMES[index], (*state.ends[:index], DOWN, *state.ends[index + 1 :])
         items = [number for number in state.items if self.tables.items[number].name != name]
         items += [self.tables.items.of(Due(NAMES[each], PeerLost(name))) for each in self._parties if ends[each] != DOWN]
-        return State(ends, tuple(sorted(items)), self.tables.seens.of(witness.seen()), state.bounds)
+        return State(ends, tuple(sorted(items)), self.tables.seen_after_crash(state.seen, name), state.bounds)
 
-    def _time_passes(self, state: State) -> State:
-        """Nothing is left to happen at this moment: the next is when something is due."""
-        for index, happening in self.happenings(state, Choice(Way.TIME)):
-            state = self._steps_on(state, index, happening)
-        return state
-
-    def happenings(self, state: State, choice: Choice) -> list[tuple[int, Happening]]:
-        """What a choice lets happen at whom: at one, at all, or at nobody."""
+    def due(self, state: State, choice: Choice) -> list[tuple[int, int]]:
+        """What a choice lets happen, each time at whom (by index) what (by number): at one, at all, or at nobody."""
+        items = self.tables.items
         match choice.way:
             case Way.HAPPENS | Way.REPEATS:
-                item = self.tables.items[choice.number]
-                return [(_INDEX[item.name], item.happening)] if isinstance(item, Due) else []
+                item = items[choice.number]
+                return [(_INDEX[item.name], choice.number)] if isinstance(item, Due) else []
             case Way.IS_EARLY:
-                return [(choice.number, TimeOver(EARLY_S[choice.extent]))]
+                return [(choice.number, items.of(Due(NAMES[choice.number], TimeOver(EARLY_S[choice.extent]))))]
             case Way.TIME:
                 up = [index for index, end in enumerate(state.ends) if end != DOWN]
                 passed = TimePassed(min(self.tables.due_s[state.ends[index]] for index in up))
-                return [(index, passed) for index in up]
+                return [(index, items.of(Due(NAMES[index], passed))) for index in up]
             case Way.IS_LOST | Way.CRASHES:
                 return []
 
@@ -270,7 +255,7 @@ class Graph:
         """
         seen = self.tables.seens[state.seen]
         for name, number in zip(NAMES, state.ends, strict=True):
-            if number != DOWN and (left := self.tables.end(number).left_over()) is not None:
+            if number != DOWN and (left := self.tables.left_over(number)) is not None:
                 raise PromiseBrokenError(left)
         if seen.staged:
             raise PromiseBrokenError(f"E3: bytes are left that nobody will ever own: {seen.staged}")

@@ -5,7 +5,8 @@ them, from `c` to `a` and from `b` to `c`, make the same chain; so five kinds of
 Beside them: a move of a prefix, of which a suffix hangs on what moves, a copy, a cancel, an engine, and coordinators elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -14,8 +15,11 @@ from p2pkv.core.events import CancelRequested, StoreRequested
 from p2pkv.core.ids import EventId, InstanceId, Location, Parties, Position, make_event_id
 from p2pkv.core.keys import Identity
 from p2pkv.core.messages import PlanRequest
+from p2pkv.core.moves import fetching, handover
 from p2pkv.core.records import Operation, Selection
+from p2pkv.core.residency import Room
 from sims.handover.ends import CLIENT, Happening, MoveAsked, chunks_of
+from sims.mutant import replaced
 
 NAMES: tuple[InstanceId, ...] = ("a", "b", "c")
 PREFIX_NBYTES = 16
@@ -64,6 +68,9 @@ class Kind:
         wishes: The moves.
         is_cancelled: Whether a user asks the first move's coordinator to cancel it, at any time.
         storing: At whom an engine stores the prompt, at any time.
+        storing_nbytes: How much of its tokens.
+        is_by_ones: Whether a batch of a lane, and a Take, have one chunk each, so that two chunks take two of them. In life
+            240 and 1,024 do the same.
     """
 
     description: str
@@ -71,6 +78,17 @@ class Kind:
     wishes: Sequence[Wish]
     is_cancelled: bool = False
     storing: InstanceId | None = None
+    storing_nbytes: int = 2 * PREFIX_NBYTES
+    is_by_ones: bool = False
+
+    @contextmanager
+    def as_it_runs(self) -> Iterator[None]:
+        """The core's batches are as this kind wants them meanwhile."""
+        with ExitStack() as stack:
+            if self.is_by_ones:
+                stack.enter_context(replaced(fetching, "HANDOFF_BATCH", lambda _: Room(nbytes=2**40, descriptors=1)))
+                stack.enter_context(replaced(handover, "TAKE_BATCH_KEYS", lambda _: 1))
+            yield
 
     def plans(self) -> list[PlanRequest]:
         """Its moves."""
@@ -85,7 +103,7 @@ class Kind:
         if self.is_cancelled:
             asked.append((self.wishes[0].coordinator, CancelRequested(0, plans[0].event_id)))
         if self.storing is not None:
-            asked.append((self.storing, StoreRequested(0, CLIENT, Identity(), TOKENS, 0)))
+            asked.append((self.storing, StoreRequested(0, CLIENT, Identity(), TOKENS[: self.storing_nbytes], 0)))
         return asked
 
     def event_ids(self) -> list[EventId]:
@@ -103,6 +121,12 @@ KINDS = {
     "prefix": Kind("a prefix one way, all another", "a", (Wish("a", "b", "a", chunk_count=1), Wish("a", "c", "a"))),
     "copied": Kind("a copy and a move the same way", "a", (Wish("a", "b", "a", Operation.COPY), Wish("a", "b", "a"))),
     "cancelled": Kind("a move, asked for at a third instance and cancelled", "a", (Wish("a", "b", "c"),), is_cancelled=True),
-    "storing": Kind("a move, and an engine of its source stores the prompt", "a", (Wish("a", "b", "b"),), storing="a"),
-    "far": Kind("from one to the next and on, asked for at the targets", "a", (Wish("a", "b", "b"), Wish("b", "c", "c"))),
+    "storing": Kind("a move, and its source's engine stores the prompt", "a", (Wish("a", "b", "b"),), storing="a"),
+    "storing_prefix": Kind(
+        "the same, but only the first chunk of it", "a", (Wish("a", "b", "a"),), storing="a", storing_nbytes=PREFIX_NBYTES
+    ),
+    "storing_there": Kind("a move, and its target's engine stores the prompt", "a", (Wish("a", "b", "a"),), storing="b"),
+    "by_ones": Kind("as `twice`, chunk by chunk", "a", (Wish("a", "b", "a"), Wish("a", "b", "a")), is_by_ones=True),
+    "still": Kind("a move to where it is, and one away from there", "a", (Wish("a", "a", "a"), Wish("a", "b", "a"))),
+    "far": Kind("from one to the next and on, asked for in the middle", "a", (Wish("a", "b", "b"), Wish("b", "c", "b"))),
 }

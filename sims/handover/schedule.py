@@ -1,6 +1,7 @@
 """One way through the graph: as text that replays it, and as a story for people."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from p2pkv.core.effects import Effect, SendMessage
@@ -9,6 +10,7 @@ from sims.handover.graph import EARLY_S, Bounds, Choice, Graph, Way
 from sims.handover.kinds import CHUNKS, KINDS, NAMES, Kind
 from sims.handover.tables import BROKEN, Fetch
 from sims.ledger import PromiseBrokenError
+from sims.mutants import MUTANTS
 from sims.story import brief
 
 
@@ -66,24 +68,26 @@ def schedule_of(graph: Graph, kind: str, choices: Sequence[Choice]) -> Schedule:
     return Schedule(kind, graph.start.bounds, tuple(indexes))
 
 
-def replay(schedule: Schedule) -> Iterator[str]:
+def replay(schedule: Schedule, mutant: str | None = None) -> list[str]:
     """The story of a schedule, and of what it breaks, as it is run anew.
 
     Raises:
-        ScheduleError: It has no such choice, or goes on after what broke.
+        ScheduleError: It has no such choice.
     """
-    graph = Graph(KINDS[schedule.kind], schedule.bounds)
-    state, choices = graph.start, []
-    for place, index in enumerate(schedule.indexes):
-        possible = graph.in_order(graph.choices(state))
-        if index >= len(possible):
-            raise ScheduleError(f"choice {place + 1} is {index}, and there are {len(possible)}")
-        choices.append(possible[index])
-        try:
-            state = graph.after(state, choices[-1])
-        except BROKEN:
-            break
-    return transcript(graph, choices)
+    kind = KINDS[schedule.kind]
+    with kind.as_it_runs(), MUTANTS[mutant].applied() if mutant else nullcontext():
+        graph = Graph(kind, schedule.bounds)
+        state, choices = graph.start, []
+        for place, index in enumerate(schedule.indexes, 1):
+            possible = graph.in_order(graph.choices(state))
+            if index >= len(possible):
+                raise ScheduleError(f"choice {place} is {index}, and there are only {len(possible)}")
+            choices.append(possible[index])
+            try:
+                state = graph.after(state, choices[-1])
+            except BROKEN:
+                break
+        return list(transcript(graph, choices))
 
 
 def transcript(graph: Graph, choices: Sequence[Choice]) -> Iterator[str]:
@@ -93,9 +97,8 @@ def transcript(graph: Graph, choices: Sequence[Choice]) -> Iterator[str]:
     state = graph.start
     for number, choice in enumerate(choices, 1):
         yield f"{number:>3}. {names.applied(_headline(graph, choice))}"
-        for index, happening in graph.happenings(state, choice):
-            step = graph.tables.step(state.ends[index], NAMES[index], happening)
-            for effect in step.effects:
+        for index, due in graph.due(state, choice):
+            for effect in graph.tables.step(state.ends[index], due).effects:
                 yield f"       {NAMES[index]} {names.applied(_ordered(effect))}"
         try:
             state = graph.after(state, choice)

@@ -46,7 +46,7 @@ class Found:
 
 def search(kind: str, bounds: Bounds, mutant: str | None = None) -> Found:
     """Go through all states of a kind of run, until a promise is broken."""
-    with MUTANTS[mutant].applied() if mutant else nullcontext():
+    with KINDS[kind].as_it_runs(), MUTANTS[mutant].applied() if mutant else nullcontext():
         return _Search(kind, bounds).run()
 
 

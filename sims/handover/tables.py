@@ -72,8 +72,7 @@ class Step:
 
     Attributes:
         number: Of the step.
-        name: Whose end it is.
-        happening: What happened.
+        due: What happened to whom.
         end: The end's state after it.
         effects: What was ordered.
         items: What is on its way by that.
@@ -81,8 +80,7 @@ class Step:
     """
 
     number: int
-    name: InstanceId
-    happening: Happening
+    due: Due
     end: int
     effects: tuple[Effect, ...] = ()
     items: tuple[int, ...] = ()
@@ -98,8 +96,10 @@ class Tables:
         self.due_s: list[float] = []
         self._digests: Numbers[bytes] = Numbers()
         self._kept: list[bytes] = []
-        self._steps: dict[tuple[int, Happening], Step] = {}
+        self._steps: dict[tuple[int, int], Step] = {}
         self._seen_after: dict[tuple[int, int], int | PromiseBrokenError] = {}
+        self._seen_after_crash: dict[tuple[int, InstanceId], int] = {}
+        self._left_over: dict[int, str | None] = {}
         self._grants: dict[tuple[int, EventId], Container[ChunkKey]] = {}
 
     @property
@@ -119,19 +119,20 @@ class Tables:
         """An end in that state, to do anything with."""
         return brought_back(self._kept[number])
 
-    def step(self, number: int, name: InstanceId, happening: Happening) -> Step:
-        """What an end makes of something."""
-        step = self._steps.get((number, happening))
+    def step(self, end_number: int, due_number: int) -> Step:
+        """What an end makes of what is due to it."""
+        step = self._steps.get((end_number, due_number))
         if step is None:
-            end = self.end(number)
+            due, end = self.items[due_number], self.end(end_number)
+            assert isinstance(due, Due), "a lane brings something, and only then something is due"
             try:
-                effects = tuple(end.happen(happening))
+                effects = tuple(end.happen(due.happening))
             except BROKEN as failure:
-                step = Step(self.step_count, name, happening, number, failure=failure)
+                step = Step(self.step_count, due, end_number, failure=failure)
             else:
-                items = tuple(self.items.of(item) for item in _items_of(name, effects))
-                step = Step(self.step_count, name, happening, self.number_of(end), effects, items)
-            self._steps[number, happening] = step
+                items = tuple(self.items.of(item) for item in _items_of(due.name, effects))
+                step = Step(self.step_count, due, self.number_of(end), effects, items)
+            self._steps[end_number, due_number] = step
         return step
 
     def seen_after(self, seen: int, step: Step) -> int:
@@ -147,7 +148,7 @@ class Tables:
                 raise step.failure
             witness = Witness(self.seens[seen])
             try:
-                witness.stepped(step.name, step.happening, step.effects)
+                witness.stepped(step.due.name, step.due.happening, step.effects)
                 after = self.seens.of(witness.seen())
             except PromiseBrokenError as failure:
                 after = failure
@@ -155,6 +156,21 @@ class Tables:
         if isinstance(after, PromiseBrokenError):
             raise after
         return after
+
+    def seen_after_crash(self, seen: int, name: InstanceId) -> int:
+        """What the witness has seen after an instance has crashed."""
+        after = self._seen_after_crash.get((seen, name))
+        if after is None:
+            witness = Witness(self.seens[seen])
+            witness.crashed(name)
+            after = self._seen_after_crash[seen, name] = self.seens.of(witness.seen())
+        return after
+
+    def left_over(self, number: int) -> str | None:
+        """What an end still has to do, or holds back; nothing, as it must be when all has ended."""
+        if number not in self._left_over:
+            self._left_over[number] = self.end(number).left_over()
+        return self._left_over[number]
 
     def granted(self, number: int, event_id: EventId) -> Container[ChunkKey]:
         """Which chunks an end gives to a move's lane."""

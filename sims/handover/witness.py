@@ -21,12 +21,12 @@ from p2pkv.core.effects import (
     ReleaseReason,
     SendMessage,
 )
-from p2pkv.core.events import FetchEnded
-from p2pkv.core.ids import EventId, InstanceId, StageId, parse_event_id
-from p2pkv.core.keys import ChunkKey
+from p2pkv.core.events import FetchEnded, StoreRequested
+from p2pkv.core.ids import EventId, InstanceId, Parties, StageId, parse_event_id
+from p2pkv.core.keys import ChunkKey, TokenBytes
 from p2pkv.core.messages import Message, Offer, Take, TakeAnswer
 from p2pkv.core.records import EventRecord, EventState, Operation
-from sims.handover.ends import Happening, Heard, PeerLost
+from sims.handover.ends import Happening, Heard, PeerLost, chunks_of
 from sims.handover.kinds import CHUNKS
 from sims.ledger import PromiseBrokenError
 
@@ -47,6 +47,8 @@ class MoveSeen:
         attempt: The last that its source has sent a Take for.
         released: What that Take releases.
         is_answered: Whether its source has had an answer to it.
+        is_copy: Whether it is one, as far as is known.
+        is_source_lost: Whether its target knows that its source is dead.
         end: How it has ended, by its source's word.
     """
 
@@ -58,6 +60,8 @@ class MoveSeen:
     attempt: int = 0
     released: Keys = NONE
     is_answered: bool = False
+    is_copy: bool = False
+    is_source_lost: bool = False
     end: EventState | None = None
 
 
@@ -114,8 +118,11 @@ class Witness:
 
     def stepped(self, name: InstanceId, happening: Happening, effects: Sequence[Effect]) -> None:
         """Something happened at an instance, and led to this."""
-        may_free = self._may_free(happening)
+        may_free = self._may_free(name, happening)
         lost = happening.instance if isinstance(happening, PeerLost) else None
+        for move in [each for each in self._moves.values() if _parties(each.event_id).source == lost]:
+            if _parties(move.event_id).target == name:
+                self._note(move.event_id, is_source_lost=True)
         if isinstance(happening, FetchEnded):
             move = self._moves[happening.event_id]
             self._note(move.event_id, fetched=move.fetched | set(happening.fetched))
@@ -123,6 +130,7 @@ class Witness:
         for effect in effects:
             match effect:
                 case AdmitStaged():
+                    self._check_may_own(name, effect.stage, effect.key, happening)
                     self._admitted(name, effect.stage, effect.key)
                 case DropStaged():
                     self._dropped(name, effect.stage, effect.key, lost)
@@ -138,8 +146,10 @@ class Witness:
                 case Answer(value=Lent() as lent):  # an engine writes before it commits
                     self.carried(name, ENGINE_STAGE, [shard.key for shard in lent.shards])
 
-    def _may_free(self, happening: Happening) -> Keys:
+    def _may_free(self, name: InstanceId, happening: Happening) -> Keys:
         """T6: what may be freed on this, and on nothing else."""
+        if isinstance(happening, StoreRequested):
+            self._stored(name, happening.tokens)
         if not isinstance(happening, Heard) or not isinstance(happening.message, TakeAnswer):
             return NONE
         answer = happening.message
@@ -149,7 +159,31 @@ class Witness:
         self._note(move.event_id, is_answered=True)
         return move.released & {*answer.taken, *answer.already_there}
 
+    def _stored(self, name: InstanceId, tokens: TokenBytes) -> None:
+        """T8: what an engine stores at a source is in use there: no answer to a Take that has released it counts any more."""
+        stored = {chunk.key for chunk in chunks_of(tokens)}
+        for move in list(self._moves.values()):
+            if _parties(move.event_id).source == name and stored & move.released:
+                self._note(move.event_id, is_answered=True)
+
     # --- who owns what ----------------------------------------------------------------------------------------------------
+
+    def _check_may_own(self, name: InstanceId, stage: StageId, key: ChunkKey, happening: Happening) -> None:
+        """F7: what a move has brought is owned when it is taken, when the source is lost, or when an engine stores it."""
+        match happening:
+            case Heard(message=Take() as take):
+                may_own = stage == take.event_id and key in (*take.released, *take.shared)
+            case FetchEnded(event_id=event_id):
+                move = self._moves[event_id]
+                may_own = stage == event_id and (move.is_copy or move.is_source_lost)
+            case PeerLost(instance=instance):
+                may_own = _parties(stage).source == instance
+            case StoreRequested():
+                may_own = True
+            case _:
+                may_own = stage == ENGINE_STAGE
+        if not may_own:
+            raise self._broken("F7", f"{name} owns {key.hex()}, which it has only fetched", stage, key.hex())
 
     def _admitted(self, name: InstanceId, stage: StageId, key: ChunkKey) -> None:
         if (name, stage, key) not in self._staged:
@@ -159,11 +193,9 @@ class Witness:
         self._staged -= {(name, stage, key)}
         self._owned[name] |= {key}
         for move in list(self._moves.values()):
-            parties = parse_event_id(move.event_id)
-            assert parties is not None, "it was made as one"
             if move.event_id == stage:
                 self._note(move.event_id, fetched=move.fetched - {key})
-            if parties.target == name and move.keys is not None and key in move.keys:
+            if _parties(move.event_id).target == name and move.keys is not None and key in move.keys:
                 self._note(move.event_id, held=move.held | {key})
 
     def _dropped(self, name: InstanceId, stage: StageId, key: ChunkKey, lost: InstanceId | None) -> None:
@@ -171,8 +203,7 @@ class Witness:
         move = self._moves.get(stage)
         if move is None:
             return
-        parties = parse_event_id(stage)
-        if parties is not None and parties.source == lost and key in move.fetched:
+        if _parties(stage).source == lost and key in move.fetched:
             raise self._broken("E4", f"{name} drops {key.hex()}, verified, as its source is lost", stage, key.hex())
         self._note(stage, fetched=move.fetched - {key})
 
@@ -187,8 +218,7 @@ class Witness:
         if key not in self._ended and not any(key in owned for owned in self._owned.values()):
             raise self._broken("M1", f"{name} frees {key.hex()}, and nobody else owns it", key.hex())
         for move in list(self._moves.values()):
-            parties = parse_event_id(move.event_id)
-            if parties is not None and parties.source == name:
+            if _parties(move.event_id).source == name:
                 self._note(move.event_id, kept=move.kept - {key})
 
     # --- what is said -----------------------------------------------------------------------------------------------------
@@ -211,7 +241,8 @@ class Witness:
             return
         keys = frozenset(chunk.key for chunk in offer.chunks)
         source, target = offer.old_position.instance, offer.new_position.instance
-        self._note(offer.event_id, keys=keys, kept=keys & self._owned[source], held=keys & self._owned[target])
+        kept, held, is_copy = keys & self._owned[source], keys & self._owned[target], offer.operation is Operation.COPY
+        self._note(offer.event_id, keys=keys, kept=kept, held=held, is_copy=is_copy)
 
     def _took(self, name: InstanceId, take: Take) -> None:
         move = self._moves[take.event_id]
@@ -234,6 +265,8 @@ class Witness:
         counts = record.chunks
         if counts.found != counts.moved + counts.already_there + counts.shared_kept + counts.failed:
             raise self._broken("E1", f"its counts don't add up: {counts}", record.event_id)
+        if record.old_position == record.new_position and (counts.already_there != counts.found or record.nbytes):
+            raise self._broken("M3", "something was moved to where it was", record.event_id)
         if record.state is EventState.CANCELLED and move.attempt:
             raise self._broken("T10", "it was cancelled after a Take", record.event_id)
         if record.operation is Operation.COPY and move.attempt:
@@ -245,3 +278,9 @@ class Witness:
             if record.operation is Operation.MOVE and len(move.kept) > counts.shared_kept:
                 raise self._broken("M2", f"it is done, but {name} keeps {len(move.kept)}: {counts}", record.event_id)
         self._note(record.event_id, end=record.state)
+
+
+def _parties(event_id: EventId) -> Parties:
+    parties = parse_event_id(event_id)
+    assert parties is not None, "it was made as one"
+    return parties
