@@ -6,6 +6,7 @@ Exit codes: 0 every promise was kept and every target reached, 1 something broke
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import ceil
 from os import cpu_count
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -37,6 +38,10 @@ def main(
     ] = None,
     *,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 100,
+    moves: Annotated[
+        int | None,
+        typer.Option(min=1, help="As many seeds as ask for so many moves and copies together.", show_default=False),
+    ] = None,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     seed: Annotated[
         int | None,
@@ -80,6 +85,8 @@ def main(
     if seed is not None:
         tell(name, scenario, seed, mutant)
         return
+    if moves is not None:
+        seeds = seeds_for(moves, scenario)
     every = range(first_seed, first_seed + seeds)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=seeds)
@@ -108,6 +115,14 @@ def list_all() -> None:
         experiments.add_row(f"{name} --trace FILE", of_trace.description)
     experiments.add_row("handover --exhaustive", "two moves at once: every order of what can happen, within bounds")
     console.print(scenarios, experiments, mutants)
+
+
+def seeds_for(moves: int, scenario: Scenario) -> int:
+    """How many seeds of a scenario ask for so many moves and copies together."""
+    each = scenario.operations.moves + scenario.operations.copies
+    if not each:
+        refuse("this scenario asks for no moves.")
+    return ceil(moves / each)
 
 
 def refuse(why: str) -> NoReturn:

@@ -126,7 +126,7 @@ KINDS = {
         "the same, but only the first chunk of it", "a", (Wish("a", "b", "a"),), storing="a", storing_nbytes=PREFIX_NBYTES
     ),
     "storing_there": Kind("a move, and its target's engine stores the prompt", "a", (Wish("a", "b", "a"),), storing="b"),
-    "by_ones": Kind("as `twice`, chunk by chunk", "a", (Wish("a", "b", "a"), Wish("a", "b", "a")), is_by_ones=True),
+    "by_ones": Kind("as `crossing`, chunk by chunk", "ab", (Wish("a", "b", "a"), Wish("b", "a", "b")), is_by_ones=True),
     "still": Kind("a move to where it is, and one away from there", "a", (Wish("a", "a", "a"), Wish("a", "b", "a"))),
     "far": Kind("from one to the next and on, asked for in the middle", "a", (Wish("a", "b", "b"), Wish("b", "c", "b"))),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from traceback import extract_tb
 
 from p2pkv.core.effects import Effect, SendMessage
 from sims.handover.ends import Heard
@@ -163,4 +164,6 @@ def _ordered(effect: Effect) -> str:
 
 
 def _why(failure: BaseException) -> str:
-    return str(failure) if isinstance(failure, PromiseBrokenError) else f"{type(failure).__name__}: {failure}"
+    if isinstance(failure, PromiseBrokenError):
+        return str(failure)
+    return f"{type(failure).__name__}: {str(failure) or extract_tb(failure.__traceback__)[-1].line}"
