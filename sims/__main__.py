@@ -24,6 +24,7 @@ from sims.experiments.catalogue import EXPERIMENTS, MODELLED_MAX, NODES_MIN, TRA
 from sims.handover import command as handover
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
+from sims.protocol_parts import all_parts
 from sims.run import run_seed
 from sims.scenario import Scenario, ScenarioError, load_scenario, scenario_names
 from sims.story import Recorder
@@ -71,6 +72,9 @@ def main(
     if name is None:
         list_all()
         return
+    if name == "protocol":
+        typer.echo(all_parts())
+        return
     if name in EXPERIMENTS or name in TRACE_EXPERIMENTS:
         make_figures(name, experiment_of(name, seed or 0, nodes, seconds, trace), as_json=as_json, plot=plot)
         return
@@ -85,12 +89,15 @@ def main(
     if seed is not None:
         tell(name, scenario, seed, mutant)
         return
-    if moves is not None:
-        seeds = seeds_for(moves, scenario)
-    every = range(first_seed, first_seed + seeds)
+    count = seeds if moves is None else seeds_for(moves, scenario)
+    run_all(name, range(first_seed, first_seed + count), mutant, processes, as_json=as_json)
+
+
+def run_all(name: str, seeds: range, mutant: str | None, processes: int, *, as_json: bool) -> None:
+    """Run seeds of a scenario and print what they add up to; exit with 1 if one breaks a promise."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=seeds)
-        totals = run_batch(name, every, processes=processes, mutant=mutant, progress=lambda: progress.advance(task))
+        task = progress.add_task(name, total=len(seeds))
+        totals = run_batch(name, seeds, processes=processes, mutant=mutant, progress=lambda: progress.advance(task))
     if as_json:
         typer.echo(report.as_json(totals))
     else:
@@ -114,6 +121,7 @@ def list_all() -> None:
     for name, of_trace in TRACE_EXPERIMENTS.items():
         experiments.add_row(f"{name} --trace FILE", of_trace.description)
     experiments.add_row("handover --exhaustive", "two moves at once: every order of what can happen, within bounds")
+    experiments.add_row("protocol", "nothing: prints what docs/protocol.md has of states and mutants")
     console.print(scenarios, experiments, mutants)
 
 

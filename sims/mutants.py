@@ -34,12 +34,12 @@ from p2pkv.errors import ErrorCode, Failure
 from sims.mutant import Method, Mutant
 from sims.mutants_of_ends import (
     fetches_what_comes,
+    forgets_ends,
     keeps_what_it_fetched,
     leaves_unleased,
     never_gives_up,
     overstays,
     owns_at_once,
-    forgets_ends,
     takes_for_no_move,
     takes_what_goes_out,
 )

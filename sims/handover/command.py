@@ -107,9 +107,7 @@ def show_all(kinds: list[str], bounds: tuple[Bounds, ...], mutant: str | None, p
     )
 
 
-def results(
-    kinds: list[str], bounds: tuple[Bounds, ...], mutant: str | None, processes: int
-) -> Iterator[tuple[Bounds, Found]]:
+def results(kinds: list[str], bounds: tuple[Bounds, ...], mutant: str | None, processes: int) -> Iterator[tuple[Bounds, Found]]:
     """What the searches come to, in their order."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         asked = [(within, pool.submit(search, kind, within, mutant)) for within, kind in product(bounds, kinds)]

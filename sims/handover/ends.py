@@ -1,7 +1,7 @@
 """One instance's part in moves, as the search drives it: real machines, of which membership and gossip are left out.
 
-An `End` is a `Machine` with the real parts that decide who owns what: holdings, both ends of moves, the coordinator, the service
-of engines, and the machine's own routing of messages. Who lives, it is told; inventories go to nobody. Its clock stands still,
+An `End` is a `Machine` with the real parts that decide who owns what: holdings, both ends of moves, the coordinator, what serves
+engines, and the machine's own routing of messages. Who lives, it is told; inventories go to nobody. Its clock stands still,
 unless time passes for it.
 """
 
@@ -13,6 +13,7 @@ from enum import Enum
 from hashlib import blake2b
 from io import BytesIO
 from random import Random
+from typing import ClassVar
 
 from p2pkv.core.chunks import PAGE_NBYTES, Chunk
 from p2pkv.core.config import MachineConfig
@@ -119,9 +120,6 @@ class Lives(Membership):
 
 class Tickets(Random):
     """All tickets are alike: that a lane wants the right one is shown elsewhere. It has no state that would tell ends apart."""
-
-    def __reduce__(self) -> tuple[type["Tickets"], tuple[()]]:
-        return (Tickets, ())
 
     def randbytes(self, n: int) -> bytes:
         """As a generator's."""
@@ -272,7 +270,7 @@ def _inventory(generation: int, entries: EntrySet) -> InventoryLog:
 class _Pickler(pickle.Pickler):
     """Fixed facts are kept once for all; an inventory without the changes that led there, as nobody follows them."""
 
-    dispatch_table = {
+    dispatch_table: ClassVar = {
         MachineConfig: lambda each: (config_of, (each.instance,)),
         Namespace: lambda _: (_namespace, ()),
         InventoryLog: lambda each: (_inventory, (each.generation, each.entries)),

@@ -218,9 +218,7 @@ class Graph:
         witness = Witness(seen)
         witness.carried(fetch.name, order.event_id, brought)
         ended = self.tables.items.of(Due(fetch.name, FetchEnded(order.event_id, tuple(brought), failure)))
-        return State(
-            state.ends, tuple(sorted((*state.items, ended))), self.tables.seens.of(witness.seen()), state.bounds
-        )
+        return State(state.ends, tuple(sorted((*state.items, ended))), self.tables.seens.of(witness.seen()), state.bounds)
 
     def _crashes(self, state: State, index: int) -> State:
         """What comes to it is lost; what it has sent arrives until its peers know."""
@@ -254,7 +252,7 @@ class Graph:
             PromiseBrokenError: A move hasn't ended, or something is left over, or a chunk is lost.
         """
         seen = self.tables.seens[state.seen]
-        for name, number in zip(NAMES, state.ends, strict=True):
+        for number in state.ends:
             if number != DOWN and (left := self.tables.left_over(number)) is not None:
                 raise PromiseBrokenError(left)
         if seen.staged:
