@@ -210,11 +210,12 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class PlanAnswer:
-    """Source to coordinator: the event, or why there is none."""
+    """Source to coordinator: the event, or why there is none. `has_key`: it was asked for with an `idempotency_key`."""
 
     event_id: EventId
     event: EventRecord | None
     failure: Failure | None
+    has_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ them. A call that is refused, or fails, raises a `FailureError`; `refusal_fields
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -141,11 +142,12 @@ async def _move(driver: Driver, body: MoveBody) -> MoveReply:
 
 async def _end_of(driver: Driver, event: EventRecord) -> EventRecord:
     """An event when it has ended; one that another node coordinates, as a repeated request's may be, is asked for."""
-    if event.coordinator == driver.machine.config.instance:
+    if not event.state.is_final and event.coordinator == driver.machine.config.instance:
         return await driver.wait_end(event.event_id)
     while not event.state.is_final:
         await trio.sleep(ASK_EVERY_S)
-        event = await ask_event(driver, event.event_id)
+        with suppress(FailureError):  # nobody may be there to tell at the moment; what was known counts
+            event = await ask_event(driver, event.event_id)
     return event
 
 

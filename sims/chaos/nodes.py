@@ -135,8 +135,11 @@ class Members:
     def event(self, event_id: str) -> dict[str, Any] | None:
         """An event as any node tells of it; None when nobody knows it any more."""
         answer = self._client.get(f"{next(iter(self.all.values())).node.http}/events/{event_id}")
+        if answer.status_code == httpx2.codes.NOT_FOUND:
+            return None
+        answer.raise_for_status()
         fields: dict[str, Any] = answer.json()
-        return fields if answer.status_code == httpx2.codes.OK else None
+        return fields
 
     def inventory(self, name: InstanceId) -> frozenset[Fingerprint]:
         """What an instance says itself that it holds."""

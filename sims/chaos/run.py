@@ -131,6 +131,8 @@ def _look(members: Members, ledger: Ledger, round_: Round, report: Report) -> No
     for event_id in round_.events:
         event = members.event(event_id)
         report.event_states["forgotten with those who knew it" if event is None else event["state"]] += 1
+        if event is None and not round_.counts["nodes killed"]:
+            report.violations.append(f"event {event_id} is forgotten, and nobody was killed")
         if event is not None and event["finished_at"] is None:
             report.violations.append(f"event {event_id} hasn't ended: {event}")
     report.violations += [f"{name} has ended by itself" for name in members.ended()]

@@ -11,7 +11,7 @@ import httpx2
 
 from p2pkv.core.ids import InstanceId
 from p2pkv.core.keys import Fingerprint
-from p2pkv.errors import ErrorCode, NodeUnreachableError, StoreFullError
+from p2pkv.errors import ErrorCode, FailureError, NodeUnreachableError
 from sims.chaos.ledger import Ledger
 from sims.chaos.nodes import AT, Members
 from sims.chaos.prompts import Prompt, filler, is_right
@@ -115,8 +115,10 @@ class Round:
                 deed(rng)
             except (httpx2.TransportError, NodeUnreachableError):
                 self._count("calls that found nobody")
-            except StoreFullError:
-                self._count("stores refused: store_full")
+            except FailureError as error:
+                self._count(f"stores refused: {error.failure.code}")
+                if error.failure.code not in EXPECTED:
+                    self._violate(f"{deed.__name__}: {error!r}")
             except Exception as error:  # noqa: BLE001 - whatever it is, it mustn't be
                 self._violate(f"{deed.__name__}: {error!r}")
             time.sleep(rng.uniform(*THINK_S))
@@ -209,8 +211,11 @@ class Round:
         rng = Random(f"{seed}:{number}")
         name = rng.choice(self._names)
         self._ends.wait(after_s)
-        with self._members.all[name].uses:
-            blow(name, rng)
+        try:
+            with self._members.all[name].uses:
+                blow(name, rng)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it mustn't be
+            self._violate(f"{blow.__name__} {name}: {error!r}")
 
     def _kill(self, name: InstanceId, rng: Random) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ from p2pkv.core.effects import FetchChunks
 from p2pkv.core.events import CancelRequested
 from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.messages import FetchReport, Take, TakeAnswer
-from p2pkv.core.records import ChunkCounts, EventState, Operation
+from p2pkv.core.records import ChunkCounts, EventState, Operation, Selection
 from tests.core.builders import pack, prompt
 from tests.core.cluster import Cluster
 
@@ -133,6 +133,53 @@ def test_the_same_move_twice_at_once_moves_once() -> None:
     cluster.assert_at_rest()
 
 
+LONG = prompt(4 * 4 * 240)
+"""Of four batches by handoff."""
+
+
+def awaiting_long() -> tuple[Cluster, EventId]:
+    """A move of four batches, whose first two chunks another one is fetching; both fetches wait."""
+    cluster = Cluster("a", "b", "c", cpu_limit_nbytes=2**30, descriptor_limit=10**5)
+    cluster.store("a", prompt(8))
+    cluster.store("b", LONG)
+    cluster.hold(FetchChunks)
+    cluster.begin("a", "c", prompt(8))
+    return cluster, cluster.begin("b", "c", LONG)
+
+
+def test_a_move_that_waits_for_another_fetches_one_batch_at_a_time() -> None:
+    cluster, event_id = awaiting_long()
+    cluster.held.rotate(-1)
+    cluster.held.popleft()()
+    assert len([fetch for fetch in cluster.effects("c", FetchChunks) if fetch.event_id == event_id]) == 2
+    assert len(cluster.held) == 2
+    cluster.release()
+    assert cluster.event("b", event_id).chunks == ChunkCounts(found=960, moved=958, already_there=2)
+    cluster.assert_at_rest()
+
+
+def test_a_move_that_waits_for_another_can_be_cancelled_between_its_batches() -> None:
+    cluster, event_id = awaiting_long()
+    cluster.held.rotate(-1)
+    cluster.held.popleft()()
+    cancel(cluster, event_id, by="b")
+    cluster.release()
+    assert cluster.event("b", event_id).state is CANCELLED
+    cluster.assert_at_rest()
+
+
+def test_a_copy_fetches_again_what_its_target_has_given_away_meanwhile() -> None:
+    cluster = Cluster("a", "b", "c")
+    cluster.store("a", prompt(12))
+    cluster.store("c", prompt(8))
+    cluster.hold(FetchChunks, 1)
+    event_id = cluster.begin("a", "c", prompt(12), operation=COPY)
+    assert cluster.move("c", "b", prompt(8)).state is DONE
+    cluster.release()
+    assert cluster.event("a", event_id).state is DONE
+    assert cluster.held_tokens("c", prompt(12)) == 12
+
+
 # --- in opposite directions, and in chains --------------------------------------------------------------------------------
 
 
@@ -146,6 +193,41 @@ def test_of_two_moves_that_cross_the_lower_id_goes_on(held_first: type) -> None:
     winner, loser = ("a", "b") if lower.startswith("move~a") else ("b", "a")
     assert (cluster.event(winner, lower).state, cluster.event(loser, higher).state) == (DONE, FAILED)
     assert held_by(cluster) == loser
+    cluster.assert_at_rest()
+
+
+def test_the_lower_id_goes_on_if_it_is_offered_while_the_higher_hands_over() -> None:
+    cluster = holding("a", "b", "c", holders="ab")
+    cluster.hold(TakeAnswer)
+    higher = cluster.begin("b", "c", TOKENS)
+    lower = cluster.begin("a", "b", TOKENS)
+    assert lower < higher
+    cluster.release()
+    assert cluster.event("a", lower).state is DONE
+    assert cluster.event("b", higher).chunks == ChunkCounts(found=3, shared_kept=3)
+    assert held_by(cluster) == "bc"
+    cluster.assert_at_rest()
+
+
+@pytest.mark.parametrize("firsts", [(0, 100), (100, 0)])
+def test_a_chunk_that_is_claimed_from_one_move_is_not_taken_by_the_next(firsts: tuple[int, int]) -> None:
+    cluster = Cluster("a", "b", "c", "d")
+    prompts = [prompt(4, first) for first in firsts]
+    for name in "ab":
+        for tokens in prompts:
+            cluster.store(name, tokens)
+    cluster.hold(FetchReport)
+    lower = cluster.begin("a", "b", selection=Selection.ALL)
+    report = cluster.held.popleft()
+    cluster.heal()
+    cluster.hold(TakeAnswer)
+    higher = [cluster.begin("b", "c", prompts[0]), cluster.begin("b", "d", selection=Selection.ALL)]
+    assert lower < min(higher)
+    report()
+    cluster.pump()
+    cluster.release()
+    assert cluster.event("a", lower).state is DONE
+    assert [cluster.held_tokens("b", tokens) for tokens in prompts] == [4, 4]
     cluster.assert_at_rest()
 
 

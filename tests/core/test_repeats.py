@@ -6,7 +6,7 @@ from p2pkv.core.effects import FetchChunks
 from p2pkv.core.events import CancelRequested
 from p2pkv.core.history import EVENTS_MAX, KEPT_S, History
 from p2pkv.core.ids import EventId, InstanceId
-from p2pkv.core.messages import PlanRequest
+from p2pkv.core.messages import EventReport, PlanAnswer, PlanRequest
 from p2pkv.core.moves.repeats import Repeats
 from p2pkv.core.records import EventState, Operation, Selection
 from p2pkv.errors import ErrorCode
@@ -71,6 +71,38 @@ def test_after_a_cancel_the_same_key_tries_again() -> None:
     cluster.ask("c", lambda request: CancelRequested(request, first))
     assert cluster.event("a", first).state is EventState.CANCELLED
     assert ask(cluster, "c") != first
+
+
+def test_a_request_that_was_given_up_cancels_nothing_that_its_retry_was_told_of() -> None:
+    cluster = Cluster("a", "b", "c", "d")
+    cluster.store("a", TOKENS)
+    cluster.hold(FetchChunks)
+    cluster.lose(PlanAnswer, 3)
+    cluster.lose(EventReport, 3)
+    given_up = cluster.start("a", "b", TOKENS, by="c", idempotency_key="k")
+    cluster.run(2.5)
+    told = cluster.begin("a", "b", TOKENS, by="d", idempotency_key="k")
+    cluster.lose(PlanRequest, 2)
+    cluster.lose(EventReport, 50)
+    cluster.run(3.0)
+    assert cluster.failure_of(given_up) is ErrorCode.INSTANCE_UNREACHABLE
+    cluster.heal()
+    cluster.release()
+    cluster.run(2.0)
+    assert cluster.event("a", told).state is EventState.DONE
+
+
+def test_a_coordinator_that_was_restarted_follows_the_event_of_a_retry() -> None:
+    cluster = three()
+    cluster.hold(FetchChunks)
+    first = ask(cluster, "c")
+    cluster.crash("c")
+    cluster.boot("c")
+    cluster.run(1.0)
+    assert ask(cluster, "c") == first
+    cluster.release()
+    cluster.run(3.0)
+    assert cluster.event("c", first).state is EventState.DONE
 
 
 def test_a_key_is_forgotten_with_its_event() -> None:

@@ -13,8 +13,8 @@ from p2pkv.core.membership import Membership
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Route
-from p2pkv.core.residency import NO_ROOM, Incoming, Residencies, Residency, Room, room_of
+from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Operation, Route
+from p2pkv.core.residency import NO_ROOM, Incoming, Outgoing, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
 
 HANDOFF_BATCH = Room(nbytes=2**40, descriptors=240)
@@ -30,6 +30,11 @@ def routes_between(source: MemberRecord, target: MemberRecord) -> list[Route]:
     is_same_host = mine is not None and theirs is not None and mine.host_id == theirs.host_id
     routes = (theirs if is_same_host else None, source.transfer)
     return [route for route in routes if route is not None]
+
+
+def is_held(residency: Residency) -> bool:
+    """Whether a target has a chunk: owned and not on its way out, or verified, whichever move brought it."""
+    return residency.slot is None or (isinstance(residency.slot, Incoming) and residency.slot.is_verified)
 
 
 class Fetching:
@@ -49,7 +54,7 @@ class Fetching:
     def promise(self, move: TargetMove, now: float) -> Failure | None:
         """Promise room for all that is missing, and lease what is here; the failure says why there is none."""
         book = self.book(move)
-        move.pending = [chunk for chunk in move.manifest.values() if self._is_missing(move, chunk)]
+        move.pending = [chunk for chunk in move.manifest.values() if self._must_fetch(move, chunk)]
         need = sum((room_of(chunk) for chunk in move.pending), NO_ROOM)
         if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             self.release_leases(move)
@@ -59,23 +64,40 @@ class Fetching:
         book.promised[move.event_id] = need
         return None
 
-    def _is_missing(self, move: TargetMove, chunk: Chunk) -> bool:
-        """Whether a chunk is to be fetched. One that is here is leased; one that another move is bringing is awaited."""
+    def _must_fetch(self, move: TargetMove, chunk: Chunk) -> bool:
+        """Whether a chunk is to be fetched. One that is here is leased; one that another move is fetching is awaited.
+
+        What is on its way out counts as here for a move, whose Take finds out.
+        """
         residency = self.book(move).get(chunk.key)
         if residency is None:
             return True
-        if isinstance(residency.slot, Incoming) and not residency.slot.is_verified:
-            move.awaited[chunk.key] = chunk
-        elif residency.slot is None or isinstance(residency.slot, Incoming):
+        is_leaving = isinstance(residency.slot, Outgoing) and move.offer.operation is Operation.MOVE
+        if is_held(residency) or is_leaving:
             residency.leases[move.event_id] = move.deadline
             move.present[chunk.key] = None
+        elif isinstance(residency.slot, Incoming):
+            move.awaited[chunk.key] = chunk
         return False
 
-    def look_again(self, move: TargetMove) -> bool:
-        """Whether a move that waits for others' fetches may go on: what it awaits is here, or it has to fetch that itself."""
+    def look_again(self, move: TargetMove) -> None:
+        """What became of the chunks that a move awaits: they are here, to be fetched after all, or still awaited."""
         awaited, move.awaited = move.awaited, {}
-        move.pending += [chunk for chunk in awaited.values() if self._is_missing(move, chunk)]
-        return not move.is_fetching and (bool(move.pending) or not move.awaited)
+        missing = {chunk.key for chunk in awaited.values() if self._must_fetch(move, chunk)}
+        if missing:
+            missing.update(chunk.key for chunk in move.pending)
+            move.pending = [chunk for chunk in move.manifest.values() if chunk.key in missing]  # prefix first, as ever
+
+    def miss(self, move: TargetMove) -> bool:
+        """Whether anything that a move had here has gone meanwhile, to another instance; it is to be fetched again."""
+        book = self.book(move)
+        gone = [key for key in (*move.fetched, *move.present) if (held := book.get(key)) is None or not is_held(held)]
+        for key in gone:
+            move.fetched.pop(key, None)
+            move.present.pop(key, None)
+            move.awaited[key] = move.manifest[key]
+        self.look_again(move)
+        return bool(gone)
 
     def _no_room(self, need: Room, book: Residencies, now: float) -> Failure:
         detail = (
@@ -86,6 +108,8 @@ class Fetching:
 
     def fetch_next(self, move: TargetMove, now: float) -> bool:
         """Fetch the next batch; False when there is nothing (more) to fetch, `move.problem` saying why if that is a failure."""
+        assert not move.is_fetching, "a move has one fetch at a time"
+        self.look_again(move)
         book = self.book(move)
         batch, need = self._next_batch(move)
         book.promised.pop(move.event_id, None)  # room is made for this batch, not yet for the rest
@@ -119,7 +143,7 @@ class Fetching:
         limit = HANDOFF_BATCH if move.routes and isinstance(move.routes[0], HandoffAddress) else TCP_BATCH
         while move.pending and (not batch or (need + room_of(move.pending[0])).fits(limit)):
             chunk = move.pending.pop(0)
-            if self._is_missing(move, chunk):
+            if self._must_fetch(move, chunk):
                 batch.append(chunk)
                 need += room_of(chunk)
         return batch, need
@@ -171,7 +195,7 @@ class Fetching:
 
     def drop_fetched(self, move: TargetMove, now: float) -> None:
         """Free all that was fetched and isn't owned. What another move counts on is owned instead: at worst, a duplicate."""
-        for residency in self._incoming(move, is_verified=True):
+        for residency in reversed(self._incoming(move, is_verified=True)):
             if residency.leases.keys() <= {move.event_id}:
                 self._holdings.drop_staged(self.book(move), residency, stage=move.event_id)
             else:

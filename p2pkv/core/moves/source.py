@@ -73,7 +73,9 @@ class SourceMoves:
         if isinstance(answer, Failure):
             self._outbox.send(coordinator, PlanAnswer(event_id=request.event_id, event=None, failure=answer))
         else:
-            self._outbox.send(coordinator, PlanAnswer(event_id=request.event_id, event=answer, failure=None))
+            has_key = request.idempotency_key is not None
+            planned = PlanAnswer(event_id=request.event_id, event=answer, failure=None, has_key=has_key)
+            self._outbox.send(coordinator, planned)
 
     def _begin(self, request: PlanRequest, coordinator: InstanceId, now: float) -> EventRecord | Failure:
         old, new = request.old_position, request.new_position
@@ -224,15 +226,17 @@ class SourceMoves:
         self._tell_progress(move, now)
 
     def keep(self, keys_by_move: dict[EventId, list[ChunkKey]], now: float) -> None:
-        """An engine stored these chunks again while they were on their way out: close their attempts.
+        """An engine, or a move of a lower id, wants these chunks here while they are on their way out: close their attempts.
 
         What those attempts named is handed over anew, but these chunks stay here too, as shared ones.
         """
-        for event_id, keys in keys_by_move.items():
-            move = self._open[event_id]
+        moves = [self._open[event_id] for event_id in keys_by_move]
+        kept = dict.fromkeys(key for keys in keys_by_move.values() for key in keys)
+        for move in moves:  # all of them, before one takes what another had
             self._handover.close_attempt(move)
-            move.kept.update(dict.fromkeys(keys))
+            move.kept.update(kept)
             move.remaining = move.attempt_from
+        for move in moves:
             self._hand_over(move, now)
 
     def _hand_over(self, move: SourceMove, now: float) -> None:

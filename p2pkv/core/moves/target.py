@@ -172,9 +172,13 @@ class TargetMoves:
         self._fetch_on(move, now)
 
     def _fetch_on(self, move: TargetMove, now: float) -> None:
-        if not self._fetching.fetch_next(move, now) and not move.awaited:
+        is_copy = move.offer.operation is Operation.COPY
+        is_over = not self._fetching.fetch_next(move, now) and not move.awaited
+        if is_over and is_copy and self._fetching.miss(move):
+            is_over = not self._fetching.fetch_next(move, now) and not move.awaited
+        if is_over:
             move.state = TARGET[move.state][TargetInput.FETCHED]
-            if move.offer.operation is Operation.COPY:
+            if is_copy:
                 self._fetching.own_fetched(move, now)
         self._report(move, now)
 
@@ -182,20 +186,21 @@ class TargetMoves:
         """The lane has brought a batch, or failed to."""
         move = self._open[event.event_id]
         self._fetching.ended(move, event, now)
-        self._tell_waiting(now)
+        self._resume_others(move, now)
         self._go_on(move, now)
 
     def route_refused(self, event: RouteRefused, now: float) -> None:
         """The lane couldn't be opened: try the next one."""
         move = self._open[event.event_id]
         self._fetching.refused(move, event)
-        self._tell_waiting(now)
+        self._resume_others(move, now)
         self._go_on(move, now)
 
-    def _tell_waiting(self, now: float) -> None:
-        """A fetch has ended: moves that wait for what it was to bring go on, before that may be dropped."""
-        for move in [each for each in self._open.values() if each.awaited and each.state is TargetState.FETCHING]:
-            if self._fetching.look_again(move):
+    def _resume_others(self, ended: TargetMove, now: float) -> None:
+        """A move's fetch has ended: others that wait for what it was to bring go on, before that may be dropped."""
+        for move in [each for each in self._open.values() if each.awaited and each is not ended]:
+            self._fetching.look_again(move)
+            if move.state is TargetState.FETCHING and not move.is_fetching and (move.pending or not move.awaited):
                 self._fetch_on(move, now)
 
     def _go_on(self, move: TargetMove, now: float) -> None:
@@ -243,7 +248,7 @@ class TargetMoves:
 
     def _claim(self, move: TargetMove, take: Take, now: float) -> None:
         """Keep what moves of higher ids are taking away from here: of two that cross, the lower id's goes on."""
-        named = map(self._fetching.book(move).get, (*take.released, *take.shared))
+        named = (self._fetching.book(move).get(key) for key in (*take.released, *take.shared) if key in move.manifest)
         claimed: dict[EventId, list[ChunkKey]] = defaultdict(list)
         for residency in filter(None, named):
             if isinstance(residency.slot, Outgoing) and residency.slot.move > take.event_id:
@@ -255,7 +260,7 @@ class TargetMoves:
         pinned_until = {pin.key: now + pin.ttl_s for pin in take.pins}
         taken, already_there, gone = [], [], []
         for key in (*take.released, *take.shared):
-            residency = book.get(key)
+            residency = book.get(key) if key in move.manifest else None
             if residency is not None:
                 self._fetching.own_verified(move, residency, now)
             if residency is None or residency.slot is not None:
@@ -317,6 +322,7 @@ class TargetMoves:
         """The source can't write the event's end any more, so the target does."""
         parties = parse_event_id(move.event_id)
         assert parties is not None, "checked when it was offered"
+        self._fetching.miss(move)
         offer, moved, there = move.offer, len(move.fetched), len(move.present)
         failed = offer.chunk_count - moved - there
         detail = (
