@@ -1,19 +1,19 @@
 """One instance's part in moves, as the search drives it: real machines, of which membership and gossip are left out.
 
-An `End` is a `Machine` with the real parts that decide who owns what: holdings, both ends of moves, the coordinator, what serves
-engines, and the machine's own routing of messages. Who lives, it is told; inventories go to nobody. Its clock stands still,
-unless time passes for it.
+An `End` is a `Machine` with the real parts that decide who owns what: holdings, both ends of moves, the coordinator, what
+engines are served by, and the machine's own routing of messages. Who lives, it is told; inventories go to nobody. Its clock
+stands still, unless time passes for it.
 """
 
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from hashlib import blake2b
 from io import BytesIO
 from random import Random
-from typing import ClassVar
+from typing import Any
 
 from p2pkv.core.chunks import PAGE_NBYTES, Chunk
 from p2pkv.core.config import MachineConfig
@@ -267,15 +267,13 @@ def _inventory(generation: int, entries: EntrySet) -> InventoryLog:
     return log
 
 
-class _Pickler(pickle.Pickler):
-    """Fixed facts are kept once for all; an inventory without the changes that led there, as nobody follows them."""
-
-    dispatch_table: ClassVar = {
-        MachineConfig: lambda each: (config_of, (each.instance,)),
-        Namespace: lambda _: (_namespace, ()),
-        InventoryLog: lambda each: (_inventory, (each.generation, each.entries)),
-        Tickets: lambda _: (Tickets, ()),
-    }
+_REDUCED: dict[type, Callable[[Any], tuple[Callable[..., object], tuple[object, ...]]]] = {
+    MachineConfig: lambda each: (config_of, (each.instance,)),
+    Namespace: lambda _: (_namespace, ()),
+    InventoryLog: lambda each: (_inventory, (each.generation, each.entries)),
+    Tickets: lambda _: (Tickets, ()),
+}
+"""Fixed facts aren't kept, and of an inventory not the changes that led there, as nobody follows them."""
 
 
 def _namespace() -> Namespace:
@@ -285,7 +283,9 @@ def _namespace() -> Namespace:
 def kept(end: End) -> bytes:
     """An end as it is now, to be brought back by `brought_back`."""
     buffer = BytesIO()
-    _Pickler(buffer, protocol=5).dump(end)
+    pickler = pickle.Pickler(buffer, protocol=5)
+    pickler.dispatch_table = _REDUCED
+    pickler.dump(end)
     return buffer.getvalue()
 
 

@@ -1,8 +1,8 @@
 """The kinds of pairs of moves that are searched, up to the names of instances.
 
-The first move goes from `a` to `b`. For the second there are six ways between three instances, of which those from `c` to `a` and
-from `b` to `c` make the same chain; so there are five kinds of pairs, and each is here. Beside them: a prefix that goes alone, a
-copy, a cancel, an engine that stores what moves, and coordinators elsewhere.
+The first move goes from `a` to `b`. For the second there are six ways between three instances, of which those from `c` to `a`
+and from `b` to `c` make the same chain; so there are five kinds of pairs, and each is here. Beside them: a prefix that goes
+alone, a copy, a cancel, an engine that stores what moves, and coordinators elsewhere.
 """
 
 from collections.abc import Iterator, Sequence

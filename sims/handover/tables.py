@@ -88,7 +88,7 @@ class Step:
 
 
 class Tables:
-    """Ends, steps, and what the witness has seen, of one search. `due_s` has, for each end, in how long something is due there."""
+    """Ends, steps, and what the witness has seen, of one search. `due_s`: in how long something is due at each end."""
 
     def __init__(self) -> None:
         self.items: Numbers[Item] = Numbers()
