@@ -47,10 +47,10 @@ class Bounds(NamedTuple):
         early: At one instance a time is over while others still have things to do.
     """
 
-    losses: int = 1
-    repeats: int = 1
-    crashes: int = 1
-    early: int = 1
+    losses: int
+    repeats: int
+    crashes: int
+    early: int
 
 
 class State(NamedTuple):
