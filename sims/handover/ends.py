@@ -23,7 +23,7 @@ from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import Address, InstanceId, Location
 from p2pkv.core.inventory import EntrySet, InventoryLog
-from p2pkv.core.keys import Namespace, TokenBytes, chunk_key, namespace_digest, token_count
+from p2pkv.core.keys import TOKEN_NBYTES, Namespace, TokenBytes, chunk_key, namespace_digest, token_count
 from p2pkv.core.machine import Machine
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import Message, PlanRequest
@@ -168,11 +168,11 @@ def config_of(name: InstanceId) -> MachineConfig:
 
 def chunks_of(tokens: TokenBytes) -> list[Chunk]:
     """A prompt of full chunks, cut."""
-    chunks, parent, step = [], ROOT, NAMESPACE.chunk_size * 4
+    chunks, parent, step = [], ROOT, NAMESPACE.chunk_size * TOKEN_NBYTES
     for begin in range(0, len(tokens), step):
         part = tokens[begin : begin + step]
         nbytes = (NAMESPACE.shard_nbytes(token_count(part)),)
-        chunks.append(Chunk(chunk_key(parent, part), parent, namespace_digest(NAMESPACE), begin // 4, part, nbytes))
+        chunks.append(Chunk(chunk_key(parent, part), parent, namespace_digest(NAMESPACE), begin // TOKEN_NBYTES, part, nbytes))
         parent = chunks[-1].key
     return chunks
 
@@ -183,7 +183,6 @@ class End(Machine):
     def __init__(self, name: InstanceId, names: Sequence[InstanceId], held: Sequence[Chunk]) -> None:
         config = self.config = config_of(name)
         self.now = 0.0
-        self.is_leaving = False
         outbox = self._outbox = Outbox(name)
         outbox.links = {other: link for link, other in enumerate(names) if other != name}
         self._holdings = Holdings(config, outbox)

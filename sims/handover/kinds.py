@@ -13,16 +13,17 @@ from random import Random
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.events import CancelRequested, StoreRequested
 from p2pkv.core.ids import EventId, InstanceId, Location, Parties, Position, make_event_id
-from p2pkv.core.keys import Identity
+from p2pkv.core.keys import TOKEN_NBYTES, Identity
 from p2pkv.core.messages import PlanRequest
 from p2pkv.core.moves import fetching, handover
 from p2pkv.core.records import Operation, Selection
 from p2pkv.core.residency import Room
+from sims.engine import NAMESPACE
 from sims.handover.ends import CLIENT, Happening, MoveAsked, chunks_of
 from sims.mutant import replaced
 
 NAMES: tuple[InstanceId, ...] = ("a", "b", "c")
-PREFIX_NBYTES = 16
+PREFIX_NBYTES = NAMESPACE.chunk_size * TOKEN_NBYTES
 """Of the prompt's tokens: those of its first chunk."""
 TOKENS = bytes([1, 0, 0, 0] * 4 + [2, 0, 0, 0] * 4)
 CHUNKS: tuple[Chunk, ...] = tuple(chunks_of(TOKENS))

@@ -54,9 +54,6 @@ class Numbers(Generic[T]):
     def __getitem__(self, number: int) -> T:
         return self._things[number]
 
-    def __len__(self) -> int:
-        return len(self._things)
-
     def of(self, thing: T) -> int:
         """The number of a thing."""
         number = self._number.get(thing)
