@@ -352,14 +352,14 @@ _OF_MOVES = (
     Mutant("T4", "calm", TargetMoves, "_own", takes_without_owning, kind="twice"),
     Mutant("F6", "moves", Fetching, "ended", trusts_the_lane, kind="twice"),
     Mutant("E4", "crashes", TargetMoves, "source_lost", drops_from_a_lost_source, kind="twice"),
-    Mutant("T1", "moves", TargetMoves, "_own", takes_what_goes_out, kind="crossing"),
+    Mutant("T1", "crossing", TargetMoves, "_own", takes_what_goes_out, kind="crossing"),
     Mutant("T5", "apart", TargetMoves, "take", takes_for_no_move, kind="twice", early=1),
     Mutant("T9", "crowded", TargetMoves, "_own", leaves_unleased),
     Mutant("F7", "moves", Fetching, "ended", owns_at_once, kind="twice"),
     Mutant("F4", "moves", Fetching, "_next_batch", fetches_what_comes, kind="twice"),
     Mutant("E3", "moves", Fetching, "drop_fetched", keeps_what_it_fetched, kind="cancelled"),
     Mutant("E6", "apart", SourceMoves, "_gives_up_at", never_gives_up, kind="still", early=1),
-    Mutant("E7", "crashes", Machine, "_leave", overstays),
+    Mutant("E7", "crossing", Machine, "_leave", overstays),
     Mutant("E8", "moves", History, "put", forgets_ends, kind="cancelled"),
 )
 MUTANTS = {

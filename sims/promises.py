@@ -46,7 +46,7 @@ class Promises:
         self._move_deadline_s = move_deadline_s
         self._lease_s = lease_s
         self._dials: defaultdict[tuple[InstanceId, Address], deque[float]] = defaultdict(lambda: deque(maxlen=DIALS_A_SECOND))
-        self._may_free: dict[ChunkKey, None] = {}
+        self._may_free: dict[ChunkKey, float] = {}
         self._reading: dict[tuple[InstanceId, str], tuple[float, frozenset[ChunkKey]]] = {}
         self._given_up: dict[tuple[InstanceId, InstanceId], None] = {}
         self._is_storing = False
@@ -77,7 +77,7 @@ class Promises:
                 attempt = self.sightings.answered(instance, answer)
                 if attempt is not None:
                     owned = (*answer.taken, *answer.already_there)
-                    self._may_free = {key: None for key in owned if key in attempt.released}
+                    self._may_free = {key: attempt.sent_at for key in owned if key in attempt.released}
             case MessageReceived(message=PlanAnswer(event=None) as refusal):
                 self.flights.refused(instance, refusal.event_id)
             case FetchEnded() | RouteRefused():
@@ -197,6 +197,8 @@ class Promises:
                 raise self._broken(rule, f"{instance} frees {key.hex()} and keeps what hangs on it", key.hex())
             self.ledger.lost(key, instance, self._clock.now, reason.value)
             self.pins.gone(key, instance)
+            if reason is ReleaseReason.MOVED and not self.ledger.is_accounted_for(key, self._may_free[key]):
+                raise self._broken("M1", f"{instance} frees {key.hex()}, and nobody owns it any more", key.hex())
 
     def _check_eviction(self, key: ChunkKey, instance: InstanceId) -> None:
         """S5: nothing that is leased, pinned or in a move."""

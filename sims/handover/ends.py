@@ -1,19 +1,19 @@
 """One instance's part in moves, as the search drives it: real machines, of which membership and gossip are left out.
 
-An `End` is a `Machine` with the real parts that decide who owns what: holdings, both ends of moves, the coordinator, what serves
-engines, and the machine's own routing of messages. Who lives, it is told; inventories go to nobody. Its clock stands still,
-unless time passes for it.
+An `End` is a `Machine` with the real parts that decide who owns what: holdings, both ends of moves, the coordinator, what
+engines are served by, and the machine's own routing of messages. Who lives, it is told; inventories go to nobody. Its clock
+stands still, unless time passes for it.
 """
 
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from hashlib import blake2b
 from io import BytesIO
 from random import Random
-from typing import ClassVar
+from typing import Any
 
 from p2pkv.core.chunks import PAGE_NBYTES, Chunk
 from p2pkv.core.config import MachineConfig
@@ -23,7 +23,7 @@ from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import Address, InstanceId, Location
 from p2pkv.core.inventory import EntrySet, InventoryLog
-from p2pkv.core.keys import Namespace, TokenBytes, chunk_key, namespace_digest, token_count
+from p2pkv.core.keys import TOKEN_NBYTES, Namespace, TokenBytes, chunk_key, namespace_digest, token_count
 from p2pkv.core.machine import Machine
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import Message, PlanRequest
@@ -168,11 +168,11 @@ def config_of(name: InstanceId) -> MachineConfig:
 
 def chunks_of(tokens: TokenBytes) -> list[Chunk]:
     """A prompt of full chunks, cut."""
-    chunks, parent, step = [], ROOT, NAMESPACE.chunk_size * 4
+    chunks, parent, step = [], ROOT, NAMESPACE.chunk_size * TOKEN_NBYTES
     for begin in range(0, len(tokens), step):
         part = tokens[begin : begin + step]
         nbytes = (NAMESPACE.shard_nbytes(token_count(part)),)
-        chunks.append(Chunk(chunk_key(parent, part), parent, namespace_digest(NAMESPACE), begin // 4, part, nbytes))
+        chunks.append(Chunk(chunk_key(parent, part), parent, namespace_digest(NAMESPACE), begin // TOKEN_NBYTES, part, nbytes))
         parent = chunks[-1].key
     return chunks
 
@@ -183,7 +183,6 @@ class End(Machine):
     def __init__(self, name: InstanceId, names: Sequence[InstanceId], held: Sequence[Chunk]) -> None:
         config = self.config = config_of(name)
         self.now = 0.0
-        self.is_leaving = False
         outbox = self._outbox = Outbox(name)
         outbox.links = {other: link for link, other in enumerate(names) if other != name}
         self._holdings = Holdings(config, outbox)
@@ -267,15 +266,13 @@ def _inventory(generation: int, entries: EntrySet) -> InventoryLog:
     return log
 
 
-class _Pickler(pickle.Pickler):
-    """Fixed facts are kept once for all; an inventory without the changes that led there, as nobody follows them."""
-
-    dispatch_table: ClassVar = {
-        MachineConfig: lambda each: (config_of, (each.instance,)),
-        Namespace: lambda _: (_namespace, ()),
-        InventoryLog: lambda each: (_inventory, (each.generation, each.entries)),
-        Tickets: lambda _: (Tickets, ()),
-    }
+_REDUCED: dict[type, Callable[[Any], tuple[Callable[..., object], tuple[object, ...]]]] = {
+    MachineConfig: lambda each: (config_of, (each.instance,)),
+    Namespace: lambda _: (_namespace, ()),
+    InventoryLog: lambda each: (_inventory, (each.generation, each.entries)),
+    Tickets: lambda _: (Tickets, ()),
+}
+"""Fixed facts aren't kept, and of an inventory not the changes that led there, as nobody follows them."""
 
 
 def _namespace() -> Namespace:
@@ -285,7 +282,9 @@ def _namespace() -> Namespace:
 def kept(end: End) -> bytes:
     """An end as it is now, to be brought back by `brought_back`."""
     buffer = BytesIO()
-    _Pickler(buffer, protocol=5).dump(end)
+    pickler = pickle.Pickler(buffer, protocol=5)
+    pickler.dispatch_table = _REDUCED
+    pickler.dump(end)
     return buffer.getvalue()
 
 

@@ -2,13 +2,14 @@
 
 A state is three ends, what is on its way to them, what the witness has seen, and how often something may still go wrong.
 
-What makes it small enough, and why nothing is lost:
+What makes it small enough, and what that leaves out:
     - States that are alike are one, however they came about (`ends.digest`); and a machine is asked once for each of its own
-      states and each thing that can happen there (`tables`).
+      states and each thing that can happen there (`tables`). That leaves out nothing.
     - A message takes no time, so clocks stand still while anything is on its way; when nothing is, the next thing that is due
-      anywhere happens. What else time may do, happen too early, is one of the things that may go wrong, and counted.
-    - A message to oneself is handled at once: the machine does that itself. What comes over one link may come in any order.
-    - Who takes no part in any move, doesn't crash.
+      anywhere happens. What is sent again while it is on its way already is a repeat, and a deadline that passes then is one
+      that is too soon: both are among the things that may go wrong, and counted.
+    - A crash is the end of an instance; it doesn't come back, nor is anyone thought dead who isn't, and there is room enough.
+    - Who takes no part in any move, doesn't crash: nobody would notice.
 """
 
 from collections.abc import Sequence
@@ -47,10 +48,10 @@ class Bounds(NamedTuple):
         early: At one instance a time is over while others still have things to do.
     """
 
-    losses: int = 1
-    repeats: int = 1
-    crashes: int = 1
-    early: int = 1
+    losses: int
+    repeats: int
+    crashes: int
+    early: int
 
 
 class State(NamedTuple):

@@ -1,8 +1,8 @@
 """The kinds of pairs of moves that are searched, up to the names of instances.
 
-The first move goes from `a` to `b`. For the second there are six ways between three instances, of which those from `c` to `a` and
-from `b` to `c` make the same chain; so there are five kinds of pairs, and each is here. Beside them: a prefix that goes alone, a
-copy, a cancel, an engine that stores what moves, and coordinators elsewhere.
+The first move goes from `a` to `b`. For the second there are six ways between three instances, of which those from `c` to `a`
+and from `b` to `c` make the same chain; so there are five kinds of pairs, and each is here. Beside them: a prefix that goes
+alone, a copy, a cancel, an engine that stores what moves, and coordinators elsewhere.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,17 @@ from random import Random
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.events import CancelRequested, StoreRequested
 from p2pkv.core.ids import EventId, InstanceId, Location, Parties, Position, make_event_id
-from p2pkv.core.keys import Identity
+from p2pkv.core.keys import TOKEN_NBYTES, Identity
 from p2pkv.core.messages import PlanRequest
 from p2pkv.core.moves import fetching, handover
 from p2pkv.core.records import Operation, Selection
 from p2pkv.core.residency import Room
+from sims.engine import NAMESPACE
 from sims.handover.ends import CLIENT, Happening, MoveAsked, chunks_of
 from sims.mutant import replaced
 
 NAMES: tuple[InstanceId, ...] = ("a", "b", "c")
-PREFIX_NBYTES = 16
+PREFIX_NBYTES = NAMESPACE.chunk_size * TOKEN_NBYTES
 """Of the prompt's tokens: those of its first chunk."""
 TOKENS = bytes([1, 0, 0, 0] * 4 + [2, 0, 0, 0] * 4)
 CHUNKS: tuple[Chunk, ...] = tuple(chunks_of(TOKENS))

@@ -27,7 +27,7 @@ class Found:
         transition_count: Ways from one to another.
         depth: The longest way from the start that is a shortest one to where it leads.
         end_count: States in which all has ended.
-        step_count: Of those, what the real machines were asked: each of their own states with each thing that happened there.
+        step_count: What real machines were asked: each of their own states, with each thing that happened there.
         seconds: How long it took.
         schedule: What broke something; None when nothing did.
         story: The same for people.
@@ -55,7 +55,6 @@ class _Search:
 
     def __init__(self, kind: str, bounds: Bounds) -> None:
         self.kind = kind
-        self.bounds = bounds
         self.graph = Graph(KINDS[kind], bounds)
         self.came_from: dict[State, State | None] = {self.graph.start: None}
         self.transition_count = self.end_count = self.depth = 0

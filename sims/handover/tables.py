@@ -54,9 +54,6 @@ class Numbers(Generic[T]):
     def __getitem__(self, number: int) -> T:
         return self._things[number]
 
-    def __len__(self) -> int:
-        return len(self._things)
-
     def of(self, thing: T) -> int:
         """The number of a thing."""
         number = self._number.get(thing)
@@ -88,7 +85,7 @@ class Step:
 
 
 class Tables:
-    """Ends, steps, and what the witness has seen, of one search. `due_s` has, for each end, in how long something is due there."""
+    """Ends, steps, and what the witness has seen, of one search. `due_s`: in how long something is due at each end."""
 
     def __init__(self) -> None:
         self.items: Numbers[Item] = Numbers()
