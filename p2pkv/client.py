@@ -95,6 +95,7 @@ class Client:
         cache_salt: str = "",
         model: str | None = None,
         wait_s: float = 0.0,
+        idempotency_key: str | None = None,
     ) -> MoveReply:
         """Start a move, or a copy; `wait` tells how it ended.
 
@@ -107,6 +108,7 @@ class Client:
             cache_salt: The salt that the prompt was stored with.
             model: Whose cache; only needed when an instance serves several.
             wait_s: How long the answer may wait for the end, at most 600 s.
+            idempotency_key: A retry with the same key, through any node, is answered with the first one's event.
 
         Raises:
             FailureError: It was refused, or failed within `wait_s`.
@@ -120,6 +122,7 @@ class Client:
             "cache_salt": cache_salt,
             "model": model,
             "wait_s": wait_s,
+            "idempotency_key": idempotency_key,
         }
         return await self._call(MoveReply, "POST", "/move", body, answer_s=ANSWER_S + wait_s)
 

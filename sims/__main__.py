@@ -3,8 +3,10 @@
 Exit codes: 0 every promise was kept and every target reached, 1 something broke or missed its target, 2 wrong usage.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import ceil
 from os import cpu_count
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -19,8 +21,10 @@ from sims.batch import Totals, run_batch
 from sims.errors import ExperimentError
 from sims.experiments import figures
 from sims.experiments.catalogue import EXPERIMENTS, MODELLED_MAX, NODES_MIN, TRACE_EXPERIMENTS
+from sims.handover import command as handover
 from sims.ledger import PromiseBrokenError
 from sims.mutants import MUTANTS
+from sims.protocol_parts import all_parts
 from sims.run import run_seed
 from sims.scenario import Scenario, ScenarioError, load_scenario, scenario_names
 from sims.story import Recorder
@@ -35,6 +39,10 @@ def main(
     ] = None,
     *,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 100,
+    moves: Annotated[
+        int | None,
+        typer.Option(min=1, help="As many seeds as ask for so many moves and copies together.", show_default=False),
+    ] = None,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     seed: Annotated[
         int | None,
@@ -64,6 +72,9 @@ def main(
     if name is None:
         list_all()
         return
+    if name == "protocol":
+        typer.echo(all_parts())
+        return
     if name in EXPERIMENTS or name in TRACE_EXPERIMENTS:
         make_figures(name, experiment_of(name, seed or 0, nodes, seconds, trace), as_json=as_json, plot=plot)
         return
@@ -78,10 +89,15 @@ def main(
     if seed is not None:
         tell(name, scenario, seed, mutant)
         return
-    every = range(first_seed, first_seed + seeds)
+    count = seeds if moves is None else seeds_for(moves, scenario)
+    run_all(name, range(first_seed, first_seed + count), mutant, processes, as_json=as_json)
+
+
+def run_all(name: str, seeds: range, mutant: str | None, processes: int, *, as_json: bool) -> None:
+    """Run seeds of a scenario and print what they add up to; exit with 1 if one breaks a promise."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=seeds)
-        totals = run_batch(name, every, processes=processes, mutant=mutant, progress=lambda: progress.advance(task))
+        task = progress.add_task(name, total=len(seeds))
+        totals = run_batch(name, seeds, processes=processes, mutant=mutant, progress=lambda: progress.advance(task))
     if as_json:
         typer.echo(report.as_json(totals))
     else:
@@ -104,7 +120,17 @@ def list_all() -> None:
         experiments.add_row(name, experiment.description)
     for name, of_trace in TRACE_EXPERIMENTS.items():
         experiments.add_row(f"{name} --trace FILE", of_trace.description)
+    experiments.add_row("handover --exhaustive", "two moves at once: every order of what can happen, within bounds")
+    experiments.add_row("protocol", "nothing: prints what docs/protocol.md has of states and mutants")
     console.print(scenarios, experiments, mutants)
+
+
+def seeds_for(moves: int, scenario: Scenario) -> int:
+    """How many seeds of a scenario ask for so many moves and copies together."""
+    each = scenario.operations.moves + scenario.operations.copies
+    if not each:
+        refuse("this scenario asks for no moves.")
+    return ceil(moves / each)
 
 
 def refuse(why: str) -> NoReturn:
@@ -163,5 +189,13 @@ def tell(name: str, scenario: Scenario, seed: int, mutant: str | None) -> None:
     report.show_paths(totals)
 
 
+def run() -> None:
+    """The one name that has options of its own is a command of its own."""
+    if sys.argv[1:2] == ["handover"]:
+        handover.app(sys.argv[2:], prog_name="sims handover")
+    else:
+        app()
+
+
 if __name__ == "__main__":
-    app()
+    run()

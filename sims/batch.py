@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from time import perf_counter
 
 from sims.mutants import MUTANTS
 from sims.run import Outcome, run_seed
@@ -14,7 +15,7 @@ from sims.scenario import load_scenario
 
 @dataclass(slots=True)
 class Totals:
-    """The outcomes of all seeds together; `failures` says what broke, by seed."""
+    """The outcomes of all seeds together; `failures` says what broke, by seed, `took_s` how long all of it took."""
 
     scenario: str
     seed_count: int = 0
@@ -27,6 +28,7 @@ class Totals:
     paths: Counter[str] = field(default_factory=Counter)
     known_s: list[float] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    took_s: float = 0.0
 
     def add(self, outcome: Outcome) -> None:
         """Add a seed that kept every promise."""
@@ -55,7 +57,7 @@ def run_batch(
     progress: Callable[[], None] = lambda: None,
 ) -> Totals:
     """Run `seeds` of a scenario; a seed that fails doesn't stop the others. `progress` is called after each."""
-    totals = Totals(scenario)
+    totals, began_at = Totals(scenario), perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         seed_of = {pool.submit(run_one, scenario, str(seed), mutant): str(seed) for seed in seeds}
         for future in as_completed(seed_of):
@@ -66,5 +68,6 @@ def run_batch(
             else:
                 totals.failures[seed_of[future]] = f"{type(failure).__name__}: {failure}"
             progress()
+    totals.took_s = perf_counter() - began_at
     totals.failures = dict(sorted(totals.failures.items(), key=lambda each: int(each[0])))
     return totals

@@ -77,6 +77,11 @@ class Ledger:
         ownerships = self._ownerships.get(key, [])
         return any(each.instance == instance and (each.until is None or each.until >= moment) for each in ownerships)
 
+    def is_accounted_for(self, key: ChunkKey, since: float) -> bool:
+        """Whether anyone owns `key`, or has lost it since then by anything but handing it over."""
+        ownerships = self._ownerships.get(key, [])
+        return any(each.until is None or (each.until >= since and each.ended_by != "moved") for each in ownerships)
+
     def last_end(self, key: ChunkKey, instance: InstanceId) -> str:
         """Why `instance` lost `key` the last time."""
         ends = [each.ended_by for each in self._ownerships.get(key, []) if each.instance == instance and each.until is not None]

@@ -19,6 +19,8 @@ class Mutant:
         owner: Where the method is.
         method: Its name.
         wrong: Makes the wrong method, given the right one.
+        kind: Of the exhaustive search of the hand-over, which catches it too; None where that can't tell.
+        early: How often a time must be over too soon there.
     """
 
     rule: str
@@ -26,6 +28,8 @@ class Mutant:
     owner: type | ModuleType
     method: str
     wrong: Callable[[Method], Method]
+    kind: str | None = None
+    early: int = 0
 
     @property
     def description(self) -> str:
@@ -40,11 +44,11 @@ class Mutant:
 
 
 @contextmanager
-def replaced(owner: type | ModuleType, method: str, wrong: Callable[[Method], Method]) -> Iterator[None]:
-    """`owner` has another method instead meanwhile."""
-    right = getattr(owner, method)
-    setattr(owner, method, wrong(right))
+def replaced(owner: type | ModuleType, name: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
+    """`owner` has another method, or another constant, instead meanwhile."""
+    right = getattr(owner, name)
+    setattr(owner, name, wrong(right))
     try:
         yield
     finally:
-        setattr(owner, method, right)
+        setattr(owner, name, right)

@@ -10,11 +10,13 @@ from typing import Any
 from p2pkv.core import holdings
 from p2pkv.core.events import FetchEnded
 from p2pkv.core.health import LocalHealth
+from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId
 from p2pkv.core.inventory import InventoryView
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.liveness import Liveness
+from p2pkv.core.machine import Machine
 from p2pkv.core.messages import InventoryDelta, InventoryDigest, InventoryPage, Pin, PlanRequest, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
 from p2pkv.core.moves.handover import Handover
@@ -30,6 +32,17 @@ from p2pkv.core.residency import Outgoing, Residencies, Residency, Room
 from p2pkv.core.suspicion import Suspicion
 from p2pkv.errors import ErrorCode, Failure
 from sims.mutant import Method, Mutant
+from sims.mutants_of_ends import (
+    fetches_what_comes,
+    forgets_ends,
+    keeps_what_it_fetched,
+    leaves_unleased,
+    never_gives_up,
+    overstays,
+    owns_at_once,
+    takes_for_no_move,
+    takes_what_goes_out,
+)
 from sims.mutants_of_lives import confuses_boots, counts_no_confirmations, feels_always_well, refutes_nothing
 
 # --- the source -----------------------------------------------------------------------------------------------------------
@@ -321,26 +334,38 @@ def trusts_ranges(_right: Method) -> Method:
     return compare
 
 
+_OF_MOVES = (
+    Mutant("T6", "calm", Handover, "open_attempt", frees_at_once, kind="chain"),
+    Mutant("T6", "moves", Handover, "answered", frees_what_is_gone, kind="twice"),
+    Mutant("T7", "engines", Handover, "close_attempt", frees_on_closing, kind="twice"),
+    Mutant("T7", "engines", Handover, "close_attempt", never_restores, kind="twice"),
+    Mutant("T7", "engines", SourceMoves, "taken", takes_late_answers, kind="storing_prefix"),
+    Mutant("T3", "moves", Handover, "_stays", orphans_children, kind="prefix"),
+    Mutant("T8", "engines", SourceMoves, "keep", ignores_engines, kind="storing"),
+    Mutant("T10", "moves", SourceMoves, "cancel", cancels_late, kind="cancelled"),
+    Mutant("T11", "crowded", Handover, "_pins", leaves_pins_behind),
+    Mutant("E1", "moves", SourceMoves, "_finish", always_done, kind="twice"),
+    Mutant("F9", "moves", SourceMoves, "_finish", hands_over_copies, kind="copied"),
+    Mutant("P5", "calm", SourceMoves, "_begin", moves_in_place, kind="still"),
+    Mutant("P6", "moves", SourceMoves, "_end", keeps_leases, kind="twice"),
+    Mutant("E5", "apart", SourceMoves, "target_lost", waits_for_ever, kind="still"),
+    Mutant("T4", "calm", TargetMoves, "_own", takes_without_owning, kind="twice"),
+    Mutant("F6", "moves", Fetching, "ended", trusts_the_lane, kind="twice"),
+    Mutant("E4", "crashes", TargetMoves, "source_lost", drops_from_a_lost_source, kind="twice"),
+    Mutant("T1", "crossing", TargetMoves, "_own", takes_what_goes_out, kind="crossing"),
+    Mutant("T5", "apart", TargetMoves, "take", takes_for_no_move, kind="twice", early=1),
+    Mutant("T9", "crowded", TargetMoves, "_own", leaves_unleased),
+    Mutant("F7", "moves", Fetching, "ended", owns_at_once, kind="twice"),
+    Mutant("F4", "moves", Fetching, "_next_batch", fetches_what_comes, kind="twice"),
+    Mutant("E3", "moves", Fetching, "drop_fetched", keeps_what_it_fetched, kind="cancelled"),
+    Mutant("E6", "apart", SourceMoves, "_gives_up_at", never_gives_up, kind="still", early=1),
+    Mutant("E7", "crossing", Machine, "_leave", overstays),
+    Mutant("E8", "moves", History, "put", forgets_ends, kind="cancelled"),
+)
 MUTANTS = {
     mutant.wrong.__name__: mutant
     for mutant in (
-        Mutant("T6", "calm", Handover, "open_attempt", frees_at_once),
-        Mutant("T6", "moves", Handover, "answered", frees_what_is_gone),
-        Mutant("T7", "engines", Handover, "close_attempt", frees_on_closing),
-        Mutant("T7", "engines", Handover, "close_attempt", never_restores),
-        Mutant("T7", "engines", SourceMoves, "taken", takes_late_answers),
-        Mutant("T3", "moves", Handover, "_stays", orphans_children),
-        Mutant("T8", "engines", SourceMoves, "keep", ignores_engines),
-        Mutant("T10", "moves", SourceMoves, "cancel", cancels_late),
-        Mutant("T11", "crowded", Handover, "_pins", leaves_pins_behind),
-        Mutant("E1", "moves", SourceMoves, "_finish", always_done),
-        Mutant("F9", "moves", SourceMoves, "_finish", hands_over_copies),
-        Mutant("P5", "calm", SourceMoves, "_begin", moves_in_place),
-        Mutant("P6", "moves", SourceMoves, "_end", keeps_leases),
-        Mutant("E5", "apart", SourceMoves, "target_lost", waits_for_ever),
-        Mutant("T4", "calm", TargetMoves, "_own", takes_without_owning),
-        Mutant("F6", "moves", Fetching, "ended", trusts_the_lane),
-        Mutant("E4", "crashes", TargetMoves, "source_lost", drops_from_a_lost_source),
+        *_OF_MOVES,
         Mutant("S4", "crowded", Holdings, "make_room", makes_no_room),
         Mutant("S5", "crowded", Residency, "is_leased", evicts_what_is_leased),
         Mutant("S5", "crowded", holdings, "find_victims", evicts_prefixes_first),

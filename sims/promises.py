@@ -19,7 +19,7 @@ from p2pkv.core.effects import (
     Retrieved,
     SendMessage,
 )
-from p2pkv.core.events import EngineLost, Event, FetchEnded, MessageReceived, ReadEnded, RouteRefused
+from p2pkv.core.events import EngineLost, Event, FetchEnded, MessageReceived, ReadEnded, RouteRefused, StoreRequested
 from p2pkv.core.ids import Address, EventId, InstanceId
 from p2pkv.core.keys import ChunkKey
 from p2pkv.core.messages import Message, PlanAnswer, PlanRequest, Take, TakeAnswer
@@ -46,8 +46,10 @@ class Promises:
         self._move_deadline_s = move_deadline_s
         self._lease_s = lease_s
         self._dials: defaultdict[tuple[InstanceId, Address], deque[float]] = defaultdict(lambda: deque(maxlen=DIALS_A_SECOND))
-        self._may_free: dict[ChunkKey, None] = {}
+        self._may_free: dict[ChunkKey, float] = {}
         self._reading: dict[tuple[InstanceId, str], tuple[float, frozenset[ChunkKey]]] = {}
+        self._given_up: dict[tuple[InstanceId, InstanceId], None] = {}
+        self._is_storing = False
         self._children: defaultdict[ChunkKey, list[ChunkKey]] = defaultdict(list)
 
     def knows_chain(self, keys: list[ChunkKey]) -> None:
@@ -69,12 +71,13 @@ class Promises:
         """Something is about to happen to a machine."""
         self.sightings.happened(instance, event)
         self._may_free = {}
+        self._is_storing = isinstance(event, StoreRequested)
         match event:
             case MessageReceived(message=TakeAnswer() as answer):
                 attempt = self.sightings.answered(instance, answer)
                 if attempt is not None:
                     owned = (*answer.taken, *answer.already_there)
-                    self._may_free = {key: None for key in owned if key in attempt.released}
+                    self._may_free = {key: attempt.sent_at for key in owned if key in attempt.released}
             case MessageReceived(message=PlanAnswer(event=None) as refusal):
                 self.flights.refused(instance, refusal.event_id)
             case FetchEnded() | RouteRefused():
@@ -111,6 +114,7 @@ class Promises:
                 raise self._broken("I2", f"{instance} doubts the inventory of {effect.instance}: {effect.reason}")
             case MemberChanged(member=member) if not member.state.is_living:
                 self.flights.lost(instance, member.instance)
+                self._given_up[instance, member.instance] = None
             case EventChanged():
                 self.flights.told(instance, effect.event)
                 self._changed(instance, effect.event)
@@ -163,7 +167,21 @@ class Promises:
             )
         self.ledger.gained(key, instance, self._clock.now)
         seen = self.sightings.moves.get(stage)
+        if seen is not None and not self._may_own(key, instance, seen):
+            raise self._broken("F7", f"{instance} owns {key.hex()}, which it has only fetched", stage, key.hex())
         self.sightings.counts["owned after the source's end"] += seen is not None and seen.is_orphan
+
+    def _may_own(self, key: ChunkKey, instance: InstanceId, seen: Sighting) -> bool:
+        """F7: what a move has brought is owned when it is taken, when an engine stores it, or when its source is lost.
+
+        What another one counts on too may be owned for that one (F12).
+        """
+        others = (each for each in self.sightings.moves.values() if each is not seen and each.parties.target == instance)
+        is_awaited = any(key in each.keys for each in others)
+        is_move = seen.record is not None and seen.record.operation is Operation.MOVE
+        is_taken = any(key in attempt.released or key in attempt.shared for attempt in seen.attempts.values())
+        is_lost = seen.is_source_lost or (instance, seen.parties.source) in self._given_up
+        return not is_move or is_awaited or is_taken or is_lost or self._is_storing
 
     def released(self, keys: Iterable[ChunkKey], instance: InstanceId, reason: ReleaseReason) -> None:
         """Resident chunks were freed: evicted, or because another owns them."""
@@ -179,6 +197,8 @@ class Promises:
                 raise self._broken(rule, f"{instance} frees {key.hex()} and keeps what hangs on it", key.hex())
             self.ledger.lost(key, instance, self._clock.now, reason.value)
             self.pins.gone(key, instance)
+            if reason is ReleaseReason.MOVED and not self.ledger.is_accounted_for(key, self._may_free[key]):
+                raise self._broken("M1", f"{instance} frees {key.hex()}, and nobody owns it any more", key.hex())
 
     def _check_eviction(self, key: ChunkKey, instance: InstanceId) -> None:
         """S5: nothing that is leased, pinned or in a move."""

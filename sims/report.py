@@ -7,6 +7,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from p2pkv.core.records import Operation
 from sims.batch import Totals
 
 SHOWN_FAILURES = 10
@@ -26,11 +27,17 @@ def show(totals: Totals, mutant: str | None) -> None:
     table.add_row("virtual time", f"{totals.virtual_s:,.0f} s")
     table.add_row("events handled", f"{totals.event_count:,}")
     table.add_row("messages lost / repeated", f"{totals.lost_count:,} / {totals.repeated_count:,}")
-    table.add_row("moves by end", _counts(totals.states))
+    asked = (totals.paths[f"{operation} asked for"] for operation in Operation)
+    table.add_row("moves / copies asked for", " / ".join(f"{count:,}" for count in asked))
+    table.add_row("those planned, by end", _counts(totals.states))
+    ended = (totals.paths[f"instance {how}"] for how in ("crashed", "asked to leave"))
+    table.add_row("instances crashed / asked to leave", " / ".join(f"{count:,}" for count in ended))
     table.add_row("ownerships ended", _counts(totals.ends))
     if totals.known_s:
         table.add_row("ends known, p50 / p99 / last", " / ".join(f"{each:.2f} s" for each in _spread(totals.known_s)))
     table.add_row("seeds failed", str(len(totals.failures)))
+    if totals.took_s:
+        table.add_row("took", f"{totals.took_s:,.0f} s")
     console.print(table)
     for seed, failure in list(totals.failures.items())[:SHOWN_FAILURES]:
         console.print(f"seed {seed}: {failure}", soft_wrap=True, markup=False)

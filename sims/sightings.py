@@ -44,6 +44,7 @@ class Attempt:
 
     sent_at: float
     released: dict[ChunkKey, None]
+    shared: dict[ChunkKey, None]
     is_taken: bool = False
     is_answered: bool = False
     is_void: bool = False
@@ -163,7 +164,7 @@ class Sightings:
             self.counts["later attempt"] += 1
             if not before.is_answered:
                 self.counts["attempt closed unanswered"] += 1
-        seen.attempts[take.attempt] = Attempt(self._clock.now, dict.fromkeys(take.released))
+        seen.attempts[take.attempt] = Attempt(self._clock.now, dict.fromkeys(take.released), dict.fromkeys(take.shared))
 
     def _changed(self, instance: InstanceId, record: EventRecord) -> None:
         parties = parse_event_id(record.event_id)

@@ -119,6 +119,7 @@ class Workload:
         selection = Selection.ALL if self._rng.random() < counts.all_share else Selection.TOKENS
         tokens = self._rng.choice(self.prompts)
         is_cancelled = self._rng.random() < counts.cancelled_share
+        self._world.promises.sightings.counts[f"{operation} asked for"] += 1
 
         def answered(value: object, _failure: object) -> None:
             if isinstance(value, EventRecord) and is_cancelled:
@@ -188,10 +189,12 @@ class Workload:
 
     def _crash(self, name: InstanceId, _others: list[InstanceId]) -> None:
         if self._world.nodes[name].is_up:
+            self._world.promises.sightings.counts["instance crashed"] += 1
             self._world.crash(name)
             self._world.clock.after(self._rng.uniform(*self._scenario.blows.back_s), partial(self._start, name))
 
     def _leave(self, name: InstanceId, _others: list[InstanceId]) -> None:
+        self._world.promises.sightings.counts["instance asked to leave"] += 1
         self._world.leave(name)
         self._world.clock.after(LEAVE_S + self._rng.uniform(*self._scenario.blows.back_s), partial(self._start, name))
 

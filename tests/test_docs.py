@@ -115,6 +115,13 @@ def test_yaml_is_what_a_node_accepts(block: Block, tmp_path: Path) -> None:
         NodeConfig.from_yaml(path, environ={})
 
 
+def test_the_tests_that_are_named_exist() -> None:
+    existing = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) > 10
+    assert named <= existing
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     prose = FENCED.sub("", page.read_text())

@@ -5,7 +5,6 @@ Bytes go through a *stage* before anyone owns them. `Answer(Lent)` asks the shel
 `DropStaged` frees them, `ReleaseChunks` frees resident ones. Each names the location, in memory or on disk.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -151,7 +150,7 @@ class InventoryDoubted:
 class FetchChunks:
     """Bring these chunks by this route into the stage named like the move. Ends in one `FetchEnded` or `RouteRefused`.
 
-    `location` is where the stage is; `namespaces`, by digest, are those of the chunks.
+    `location` is where the stage is; `namespaces` are those of the chunks.
     """
 
     event_id: EventId
@@ -160,7 +159,7 @@ class FetchChunks:
     ticket: Ticket
     chunks: tuple[Chunk, ...]
     location: Location
-    namespaces: Mapping[bytes, Namespace]
+    namespaces: tuple[Namespace, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class MoveRequested:
     tokens: TokenBytes
     identity: Identity
     model: str | None
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

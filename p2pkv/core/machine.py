@@ -79,7 +79,7 @@ class Machine:
         self._membership = Membership(config, self._outbox, rng, now)
         parts = (config, self._holdings, self._membership, self._history, self._outbox)
         self._sources = SourceMoves(*parts, rng)
-        self._targets = TargetMoves(*parts)
+        self._targets = TargetMoves(*parts, self._sources.keep)
         self._coordinator = Coordinator(config, self._membership, self._history, self._outbox, rng, self._targets)
         self._serving = Serving(config, self._holdings, self._outbox, self._sources.keep)
         self._gossip = Gossip(self._holdings, self._membership, self._outbox, config.views_nbytes, now)

@@ -192,7 +192,8 @@ class PlanRequest:
     """Coordinator to source: make this move. A repeat of an `event_id` is answered like the first.
 
     `reader` is the namespace, by digest, of an engine that waits for the chunks: no others are of use to it, and what it waits
-    for is in use. None for what users ask for.
+    for is in use. None for what users ask for. A repeat of an `idempotency_key` for the same is answered with that one's event,
+    whatever its id.
     """
 
     event_id: EventId
@@ -204,15 +205,17 @@ class PlanRequest:
     identity: Identity
     model: Annotated[str, Len(1, 512)] | None
     reader: Annotated[bytes, Len(16, 16)] | None = None
+    idempotency_key: Annotated[str, Len(1, 256)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlanAnswer:
-    """Source to coordinator: the event, or why there is none."""
+    """Source to coordinator: the event, or why there is none. `has_key`: it was asked for with an `idempotency_key`."""
 
     event_id: EventId
     event: EventRecord | None
     failure: Failure | None
+    has_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)

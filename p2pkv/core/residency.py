@@ -14,7 +14,7 @@ the front.
 Not decided here: who may go (`eviction`), what a move does (`moves`), where the bytes are (the store).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
@@ -80,6 +80,8 @@ class Outgoing:
 
 
 Slot = Writing | Incoming | Outgoing | None
+Keep = Callable[[dict[EventId, list[ChunkKey]], float], None]
+"""Has these moves leave here what they are taking away; the second argument is now."""
 
 
 @dataclass(slots=True)

@@ -11,7 +11,6 @@ Not decided here: memory itself, and whether it could be sealed (the store).
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -40,15 +39,13 @@ from p2pkv.core.keys import (
 )
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.prompt import Prompt, prompt_of
-from p2pkv.core.residency import Incoming, Match, Outgoing, Residencies, Residency, Writing
+from p2pkv.core.residency import Incoming, Keep, Match, Outgoing, Residencies, Residency, Writing
 from p2pkv.errors import ErrorCode, Failure
 
 LEND_SHARDS = 64
 LEND_NBYTES = 256 * 2**20
 """Of one `Lent`: what an engine writes in a fraction of a second, far below any lease, so that a long prompt needs little room
 at a time. One shard is lent whatever its size."""
-
-Keep = Callable[[dict[EventId, list[ChunkKey]], float], None]
 
 
 @dataclass(frozen=True, slots=True)

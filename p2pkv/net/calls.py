@@ -5,6 +5,7 @@ them. A call that is refused, or fails, raises a `FailureError`; `refusal_fields
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -55,6 +56,8 @@ from p2pkv.net.requests import (
 B = TypeVar("B")
 R = TypeVar("R")
 
+ASK_EVERY_S = 0.5
+"""How late a node may learn of an event that nobody tells it of."""
 BUG_FIELDS = {"detail": "This is a bug of the node. Its log has the traceback.", "error": "internal_error"}
 """What a door answers when a call fails in a way that nobody foresaw."""
 
@@ -125,15 +128,27 @@ async def _move(driver: Driver, body: MoveBody) -> MoveReply:
                 tokens=body.tokens,
                 identity=Identity(cache_salt=body.cache_salt),
                 model=body.model,
+                idempotency_key=body.idempotency_key,
             )
         )
     )
     with trio.move_on_after(body.wait_s):
-        event = await driver.wait_end(event.event_id)
+        event = await _end_of(driver, event)
     if event.state in (EventState.FAILED, EventState.CANCELLED):
         failure = event.error or Failure(ErrorCode.CANCELLED, "It was cancelled.")
         raise MoveFailedError(failure, event)
     return MoveReply(event_id=event.event_id, num_tokens=event.num_tokens, state=event.state)
+
+
+async def _end_of(driver: Driver, event: EventRecord) -> EventRecord:
+    """An event when it has ended; one that another node coordinates, as a repeated request's may be, is asked for."""
+    if not event.state.is_final and event.coordinator == driver.machine.config.instance:
+        return await driver.wait_end(event.event_id)
+    while not event.state.is_final:
+        await trio.sleep(ASK_EVERY_S)
+        with suppress(FailureError):  # nobody may be there to tell at the moment; what was known counts
+            event = await ask_event(driver, event.event_id)
+    return event
 
 
 async def _lookup(driver: Driver, body: LookupBody) -> LookupReply:

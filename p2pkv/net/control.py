@@ -25,7 +25,7 @@ from p2pkv.core.ids import EventId
 from p2pkv.core.records import EventRecord, EventState
 from p2pkv.errors import AccessDeniedError, ErrorCode, Failure, FailureError, UnavailableError
 from p2pkv.net.access import Access, DoorGuard
-from p2pkv.net.calls import BUG_FIELDS, CALLS, EVENT, MOVE, Call, ask_event, refusal_fields
+from p2pkv.net.calls import ASK_EVERY_S, BUG_FIELDS, CALLS, EVENT, MOVE, Call, ask_event, refusal_fields
 from p2pkv.net.driver import Driver
 from p2pkv.net.logs import logger
 from p2pkv.net.replies import event_reply
@@ -41,8 +41,6 @@ MAX_IN_FLIGHT = 64
 """Requests of one socket that are being answered. A client that wants more opens another socket, or waits."""
 MAX_WATCHES = 256
 """Single events followed by one socket; each is asked for every `ASK_EVERY_S`. Watching all has no such cost."""
-ASK_EVERY_S = 0.5
-"""How late a watch may learn of an event that runs elsewhere."""
 LAGGING_MESSAGES = 1024
 """From here on a client's queue keeps one push for each event instead of one for each of its states."""
 QUEUE_MESSAGES = 16_384

@@ -5,7 +5,7 @@ Bytes pass through memory on their way: what a lane brings waits there until it 
 """
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
@@ -13,7 +13,7 @@ import trio
 from p2pkv.core.chunks import Chunk
 from p2pkv.core.effects import FetchChunks
 from p2pkv.core.ids import Location, StageId
-from p2pkv.core.keys import ChunkKey, Namespace
+from p2pkv.core.keys import ChunkKey, Namespace, namespace_digest
 from p2pkv.core.records import WithinInstance
 from p2pkv.errors import ErrorCode, Failure, UnreadableShardError
 from p2pkv.net.driver import Fetcher
@@ -119,7 +119,7 @@ class DiskFetcher:
                 shards = self._memory.shards(chunk.key)
             except KeyError:
                 return Failure(ErrorCode.TRANSFER_FAILED, "A chunk isn't held in memory any more.")
-            if (problem := await self._write_chunk(order.event_id, chunk, order.namespaces, shards, fetched)) is not None:
+            if (problem := await self._write_chunk(order, chunk, shards, fetched)) is not None:
                 return problem
         return None
 
@@ -132,7 +132,7 @@ class DiskFetcher:
             for chunk in order.chunks if came else ():
                 if chunk.key in came:
                     shards = self._memory.staged(order.event_id, chunk.key)
-                    failure = await self._write_chunk(order.event_id, chunk, order.namespaces, shards, fetched)
+                    failure = await self._write_chunk(order, chunk, shards, fetched)
                     if failure is not None:
                         return failure
                     self._memory.drop(order.event_id, chunk.key)
@@ -143,15 +143,15 @@ class DiskFetcher:
 
     async def _write_chunk(
         self,
-        stage: StageId,
+        order: FetchChunks,
         chunk: Chunk,
-        namespaces: Mapping[bytes, Namespace],
         shards: Sequence[MemoryShard],
         fetched: list[ChunkKey],
     ) -> Failure | None:
+        stage = order.event_id
+        namespace = next(each for each in order.namespaces if namespace_digest(each) == chunk.namespace)
         try:
             for worker, shard in enumerate(shards):
-                namespace = namespaces[chunk.namespace]
                 shard.checksum = await self._disk.write(stage, chunk, namespace, worker, shard.descriptor, shard.checksum)
             fetched.append(chunk.key)
         except OSError as error:

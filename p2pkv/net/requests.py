@@ -51,6 +51,7 @@ Tokens = Annotated[TokenBytes, GetPydanticSchema(_packing_schema)]
 """A JSON list of token ids, packed on arrival."""
 Text = Annotated[str, Len(0, MAX_TEXT_LENGTH)]
 ModelName = Annotated[str, Len(1, 512)]
+IdempotencyKey = Annotated[str, Len(1, 256)]
 EventName = Annotated[str, Len(1, EVENT_ID_MAX_LENGTH)]
 WaitS = Annotated[float, Ge(0), Le(600)]
 PIN_MAX_S = 10 * 365 * 86_400.0
@@ -73,6 +74,8 @@ class MoveBody:
         cache_salt: The salt that the prompt was stored with.
         model: Whose cache; only needed when an instance serves several.
         wait_s: How long the answer may wait for the move's end, seconds.
+        idempotency_key: Of the client's choice. A retry with the same key, through any node, is answered with the first one's
+            event, unless that failed or was cancelled. Kept as long as the event.
     """
 
     old_position: tuple[Text, Text]
@@ -84,6 +87,7 @@ class MoveBody:
     cache_salt: Text = ""
     model: ModelName | None = None
     wait_s: WaitS = 5.0
+    idempotency_key: IdempotencyKey | None = None
 
     def operation(self) -> Operation:
         """Whether it is a move or a copy.

@@ -16,6 +16,7 @@ BENCHES = {
     "membership": "25 nodes, killed and stopped: until all know; serf beside them where it is installed",
     "node": "time until a node is ready, and its idle memory",
     "small": "moves of 12 tokens over HTTP and over the websocket",
+    "together": "a hundred moves at once over loopback TCP, beside one move of the same bytes",
     "vllm": "real vLLM on the CPU, in .venv-vllm: overhead, time to first token after a move, a trace",
 }
 

@@ -47,7 +47,7 @@ class Bench:
         config = self.folder / f"{instance}.yaml"
         config.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
         began = time.perf_counter()
-        with (self.folder / f"{instance}.log").open("w") as log:
+        with (self.folder / f"{instance}.log").open("a") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", *program, "--config", str(config)],
                 stdin=subprocess.PIPE,
@@ -69,6 +69,13 @@ class Bench:
         """End a node as a user would."""
         with node.process:  # closes its pipes
             node.process.terminate()
+            node.process.wait(END_S)
+        self._nodes.remove(node)
+
+    def kill(self, node: NodeProcess) -> None:
+        """End a node without a word."""
+        with node.process:
+            node.process.kill()
             node.process.wait(END_S)
         self._nodes.remove(node)
 

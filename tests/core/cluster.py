@@ -61,6 +61,7 @@ class How(TypedDict, total=False):
     model: str
     old: Location
     new: Location
+    idempotency_key: str
 
 
 class Way(Enum):
@@ -235,6 +236,7 @@ class Cluster:
                 tokens=tokens,
                 identity=IDENTITY,
                 model=how.get("model"),
+                idempotency_key=how.get("idempotency_key"),
             ),
         )
 

@@ -12,7 +12,7 @@ from p2pkv.core.ids import Location
 from p2pkv.core.records import ChunkCounts, EventState, HandoffAddress, Lane, Operation, Pinning, Selection, WithinInstance
 from p2pkv.core.residency import Room, room_of
 from p2pkv.errors import ErrorCode
-from tests.core.builders import CPU, DIGEST, IDENTITY, NAMESPACE, at, chunks_of, pack, prompt
+from tests.core.builders import CPU, IDENTITY, NAMESPACE, at, chunks_of, pack, prompt
 from tests.core.cluster import Cluster
 
 DISK = Location.LOCAL_DISK
@@ -75,7 +75,7 @@ def test_a_move_within_an_instance_needs_no_lane(cluster: Cluster) -> None:
     cluster.move("a", "a", PROMPT, **FROM_DISK)
     orders = cluster.effects("a", FetchChunks)
     assert [(order.route, order.location) for order in orders] == [(WithinInstance(CPU), DISK), (WithinInstance(DISK), CPU)]
-    assert all(order.namespaces == {DIGEST: NAMESPACE} for order in orders)
+    assert all(order.namespaces == (NAMESPACE,) for order in orders)
 
 
 def test_a_copy_to_disk_is_held_in_both_places_and_a_second_one_says_so(cluster: Cluster) -> None:

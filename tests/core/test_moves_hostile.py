@@ -221,7 +221,7 @@ def test_only_the_source_takes_and_ends() -> None:
     machine.say(machine.source, EventReport(machine.id, event_record(machine.id, EventState.RUNNING, source="a", target=ME)))
     assert machine.effects(DropStaged) == []
     machine.say(machine.source, EventReport(machine.id, None))
-    assert [drop.key for drop in machine.effects(DropStaged)] == list(KEYS)
+    assert [drop.key for drop in machine.effects(DropStaged)] == list(reversed(KEYS))
     machine.machine.check_at_rest(machine.now)
 
 

@@ -28,7 +28,7 @@ def chunk_of(number: int, worker_count: int = 1, nbytes: int = NBYTES) -> Chunk:
 
 
 def order_of(route: Route, chunks: Sequence[Chunk], ticket: bytes = TICKET) -> FetchChunks:
-    return FetchChunks(EVENT, "a", route, ticket, tuple(chunks), Location.LOCAL_CPU, {})
+    return FetchChunks(EVENT, "a", route, ticket, tuple(chunks), Location.LOCAL_CPU, ())
 
 
 def open_descriptors() -> set[Path]:

@@ -222,14 +222,16 @@ def test_a_move_that_goes_on_is_answered_as_running(a: NodeProcess, slow: NodePr
     moved(answer, LONG * 16, state="running")
 
 
-@pytest.mark.xfail(strict=True, reason="net/requests.py doesn't know idempotency_key, and refuses it as an unknown field")
-def test_a_repeated_request_with_its_key_is_the_same_event(a: NodeProcess) -> None:
+def test_a_repeated_request_with_its_key_is_the_same_event_through_any_node(nodes: list[NodeProcess]) -> None:
     prompt = new_prompt()
-    a.store(prompt)
+    nodes[0].store(prompt)
     body = {**positions("a", "b"), "tokens": prompt, "copy": True, "idempotency_key": "k"}
-    first, again = a.post("/move", **body), a.post("/move", **body)
-    assert first.status_code == 200, first.text
-    assert first.json()["event_id"] == again.json()["event_id"]
+    first, *again = [node.post("/move", **body) for node in (*nodes, *nodes)]
+    assert (first.status_code, first.json()["state"]) == (200, "done")
+    assert [each.json() for each in again] == [first.json()] * len(again)
+    other = nodes[1].post("/move", **{**body, "tokens": prompt[:8]})
+    assert (other.status_code, other.json()["error"]) == (422, "invalid_request")
+    assert first.json()["event_id"] in other.json()["detail"]
 
 
 # --- the other calls ------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def test_ctrl_c_in_the_middle_of_a_move_leaves_nothing_behind(nodes: list[NodePr
     assert (held(a), held(slow)) == before
 
 
+@pytest.mark.long
 def test_what_a_killed_bench_has_left_the_next_one_clears(nodes: list[NodeProcess]) -> None:
     slow = nodes[1]
     before = held(slow)

@@ -25,6 +25,7 @@ def processes_of(temporary: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_everything_that_the_demo_checks_is_true(runtime_dir: Path) -> None:
     environ = {**os.environ, "TMPDIR": str(runtime_dir)}
     done = subprocess.run([*DEMO, "--json"], env=environ, capture_output=True, timeout=110, check=False)

@@ -165,6 +165,7 @@ def test_a_model_from_a_folder_answers_the_same_from_a_moved_cache(
         assert first.cache_problem is second.cache_problem is None
 
 
+@pytest.mark.long
 def test_a_model_whose_cache_cannot_be_kept_is_served_without_and_says_why(place: Pair, tmp_path: Path) -> None:
     folder = saved_model(MistralConfig(**SMALL, sliding_window=8), tmp_path / "windowed")
     port = place.ports.engines[0]
@@ -239,6 +240,7 @@ def test_a_full_store_fails_no_completion(place: Pair, model: ReferenceModel) ->
             assert engine.complete(prompt, max_tokens=1).cached_count == 256
 
 
+@pytest.mark.long
 def test_the_engine_starts_its_node_and_ends_at_a_signal_while_it_computes(place: Pair) -> None:
     config, port = place.configs[0], place.ports.engines[0]
     with Programs(place.runtime, place.runtime) as programs:

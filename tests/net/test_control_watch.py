@@ -9,6 +9,7 @@ from trio_websocket import ConnectionClosed
 
 from p2pkv.core.records import EventState
 from p2pkv.net import control
+from p2pkv.net.calls import ASK_EVERY_S
 from tests.net.controlled import MOVE_DEADLINE_S, Client, ControlledNode, essence, open_controlled_node, pushed
 
 PENDING, RUNNING, DONE, FAILED = EventState.PENDING, EventState.RUNNING, EventState.DONE, EventState.FAILED
@@ -116,7 +117,7 @@ async def test_an_event_that_runs_elsewhere_is_asked_for_until_its_end(
         assert essence(await client.receive()) == pushed("x", "running", moved_count)
     node.change_elsewhere("x", DONE)
     assert essence(await client.receive()) == pushed("x", "done")
-    assert trio.current_time() - started == pytest.approx(4 * control.ASK_EVERY_S)
+    assert trio.current_time() - started == pytest.approx(4 * ASK_EVERY_S)
     asked_count = len(node.machine.asked_at)
     assert await client.is_silent()
     assert len(node.machine.asked_at) == asked_count

@@ -22,7 +22,7 @@ from p2pkv.net.driver import Driver, EventSink
 ADDRESS = Address("127.0.0.1", 8002)
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
 FAILURE = Failure(ErrorCode.TRANSFER_FAILED, "it failed")
-FETCH = effects.FetchChunks("event", "a", HandoffAddress("boot", "/lane.sock"), b"t" * 32, (), Location.LOCAL_CPU, {})
+FETCH = effects.FetchChunks("event", "a", HandoffAddress("boot", "/lane.sock"), b"t" * 32, (), Location.LOCAL_CPU, ())
 Reaction = Callable[[Event], list[Effect]]
 
 

@@ -261,7 +261,8 @@ async def test_tokens_are_a_list_of_small_whole_numbers(http: httpx2.AsyncClient
         ({"model": "m" * 513}, "model"),
         ({"cache_salt": "s" * 1025}, "cache_salt"),
         ({"colour": "red"}, "colour"),
-        ({"idempotency_key": "k"}, "idempotency_key"),
+        ({"idempotency_key": ""}, "idempotency_key"),
+        ({"idempotency_key": "k" * 257}, "idempotency_key"),
     ],
 )
 async def test_fields_that_are_wrong_or_unknown_are_named(

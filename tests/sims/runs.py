@@ -10,6 +10,7 @@ SEEDS = {
     "calm": 20,
     "clogged": 4,
     "crashes": 60,
+    "crossing": 8,
     "crowded": 20,
     "engines": 12,
     "half_lost": 8,

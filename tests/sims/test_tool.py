@@ -24,6 +24,17 @@ def test_it_runs_seeds_and_prints_what_they_add_up_to() -> None:
     assert "112 done" in ran.stdout
 
 
+def test_it_runs_as_many_seeds_as_so_many_moves_take() -> None:
+    ran = sims("calm", "--moves", "30", "--processes", "1")
+    assert ran.returncode == 0, ran.stderr
+    assert "calm, 2 seeds" in ran.stdout
+    assert "42 / 14" in ran.stdout
+
+
+def test_a_scenario_without_moves_takes_none() -> None:
+    assert sims("clogged", "--moves", "30").returncode == 2
+
+
 def test_as_json_it_prints_one_object() -> None:
     totals = json.loads(sims("calm", "--seeds", "2", "--processes", "1", "--json").stdout)
     assert totals["seed_count"] == 2

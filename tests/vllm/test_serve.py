@@ -19,18 +19,29 @@ def wait_for(server: Server, name: str, at_least: float) -> None:
         time.sleep(0.1)
 
 
+def wait_until_attached(server: Server) -> int:
+    """Until the node that it starts is used: what is computed before that isn't kept. Returns how many tokens are."""
+    deadline = time.monotonic() + 20
+    told = None
+    while told is None:
+        assert time.monotonic() < deadline, server.tail()
+        told = server.complete(prompt_of(4, seed=1000), max_tokens=1)["kv_transfer_params"]
+    return int(told["num_tokens"])
+
+
 def test_the_name_alone_suffices_and_what_was_kept_outlives_the_engine(
     configure: Callable[..., Path], serve: Callable[..., Server]
 ) -> None:
     configure("a")
     prompt, other = prompt_of(300, seed=1), prompt_of(200, seed=2)
     first = serve(kv_transfer=CONNECTOR)
+    kept_before = wait_until_attached(first)
     computed = first.complete(prompt, max_tokens=24)
     told: dict[str, Any] = computed["kv_transfer_params"]
     assert (told["instance"], told["num_tokens"]) == ("a", 323)
     skipped = first.complete(other, kv_transfer_params={"skip_save": True})
     assert skipped["kv_transfer_params"] is None
-    wait_for(first, "stored_tokens_total", 323)
+    wait_for(first, "stored_tokens_total", kept_before + 323)
     assert first.prompt_tokens()["external_kv_transfer"] == 0
     os.killpg(first.process.pid, signal.SIGKILL)
     first.process.wait()

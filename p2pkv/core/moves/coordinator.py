@@ -1,7 +1,7 @@
 """The coordinator's part of moves: pass a user's request to the source, and know how the event goes on.
 
 A plan that isn't there within `PLAN_S` is given up: the user hears `instance_unreachable`, and should the source plan it
-after all, it is told to cancel.
+after all, it is told to cancel, unless it was asked for with a key: then whoever asked may ask again.
 From the plan on the two ends finish alone. The source pushes each change of the event; what is lost is asked for again, of
 the target too when the source is gone. An event that nobody can tell of any more ends here by its deadline.
 """
@@ -94,6 +94,7 @@ class Coordinator:
             tokens=event.tokens,
             identity=event.identity,
             model=event.model,
+            idempotency_key=event.idempotency_key,
         )
         problem = self.plan(message, event.request, now)
         if problem is not None:
@@ -181,10 +182,16 @@ class Coordinator:
             return
         if plan is None:
             watch = self._watches.get(answer.event_id)
-            if answer.event is not None and (watch is None or watch.is_late):
+            if answer.event is not None and not answer.has_key and (watch is None or watch.is_late):
                 self.outbox.send(sender, CancelRequest(answer.event_id))
             return
         del self._plans[answer.event_id]
+        if answer.event is not None and plan.request is not None and _is_repeat(plan.message, answer.event):
+            first = parse_event_id(answer.event.event_id)
+            if first is not None and first.coordinator == self.config.instance:
+                self._put(answer.event, first, now)
+            self.outbox.answer(plan.request, self.history.get(answer.event.event_id) or answer.event)
+            return
         if answer.event is None or answer.event.event_id != answer.event_id:
             problem = answer.failure or Failure(ErrorCode.PROTOCOL_ERROR, f"Instance {sender!r} sent a plan without an event.")
             self._fail(plan.request, problem)
@@ -289,7 +296,8 @@ class Coordinator:
             is_lost = plan.source_generation != self._generation_of(source) or self.membership.unreachable(source) is not None
             if is_lost or now >= plan.give_up_at:
                 del self._plans[event_id]
-                self.outbox.send(source, CancelRequest(event_id))
+                if plan.message.idempotency_key is None:  # else a retry, maybe through another node, counts on it
+                    self.outbox.send(source, CancelRequest(event_id))
                 detail = f"Instance {source!r} was lost before it planned the move."
                 if not is_lost:
                     detail = f"Instance {source!r} didn't plan the move within {PLAN_S:g} s."
@@ -319,3 +327,9 @@ class Coordinator:
             self.outbox.send(parties.target, EventRequest(event_id))
         else:
             self._give_up(event_id, f"Source {parties.source!r} was lost during the move.", now)
+
+
+def _is_repeat(message: PlanRequest, event: EventRecord) -> bool:
+    """Whether `event`, with which a source answered a plan, is the one that its key stood for already."""
+    is_another = event.event_id != message.event_id and message.idempotency_key is not None
+    return is_another and (event.old_position, event.new_position) == (message.old_position, message.new_position)

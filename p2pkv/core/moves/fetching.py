@@ -14,8 +14,8 @@ from p2pkv.core.membership import Membership
 from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
-from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Route, WithinInstance
-from p2pkv.core.residency import NO_ROOM, Incoming, Residencies, Residency, Room, room_of
+from p2pkv.core.records import HandoffAddress, Lane, MemberRecord, Operation, Route, WithinInstance
+from p2pkv.core.residency import NO_ROOM, Incoming, Outgoing, Residencies, Residency, Room, room_of
 from p2pkv.errors import ErrorCode, Failure
 
 HANDOFF_BATCH = Room(nbytes=2**40, descriptors=240)
@@ -46,6 +46,11 @@ def routes_between(source: MemberRecord, target: MemberRecord, old_location: Loc
     return [route for route in routes if route is not None]
 
 
+def is_held(residency: Residency) -> bool:
+    """Whether a target has a chunk: owned and not on its way out, or verified, whichever move brought it."""
+    return residency.slot is None or (isinstance(residency.slot, Incoming) and residency.slot.is_verified)
+
+
 class Fetching:
     """Promises, fetches and keeps bytes for moves."""
 
@@ -63,23 +68,50 @@ class Fetching:
     def promise(self, move: TargetMove, now: float) -> Failure | None:
         """Promise room for all that is missing, and lease what is here; the failure says why there is none."""
         book = self.book(move)
-        pending, present = [], []
-        for chunk in move.manifest.values():
-            residency = book.get(chunk.key)
-            if residency is None:
-                pending.append(chunk)
-            elif residency.slot is None:
-                residency.leases[move.event_id] = move.deadline
-                present.append(chunk.key)
-        need = sum((book.room_of(chunk) for chunk in pending), NO_ROOM)
+        move.pending = [chunk for chunk in move.manifest.values() if self._must_fetch(move, chunk)]
+        need = sum((book.room_of(chunk) for chunk in move.pending), NO_ROOM)
         if not self._holdings.can_make_room(book, need, now=now, colder_than=now - move.offer.idle_s):
             self.release_leases(move)
             return self._no_room(need, book, now)
-        move.pending, move.present = pending, dict.fromkeys(present)
         source = self._membership.record_of(move.source)
         move.routes = [] if source is None else routes_between(source, self._membership.me, move.offer.old_position.location)
         book.promised[move.event_id] = need
         return None
+
+    def _must_fetch(self, move: TargetMove, chunk: Chunk) -> bool:
+        """Whether a chunk is to be fetched. One that is here is leased; one that another move is fetching is awaited.
+
+        What is on its way out counts as here for a move, whose Take finds out.
+        """
+        residency = self.book(move).get(chunk.key)
+        if residency is None:
+            return True
+        is_leaving = isinstance(residency.slot, Outgoing) and move.offer.operation is Operation.MOVE
+        if is_held(residency) or is_leaving:
+            residency.leases[move.event_id] = move.deadline
+            move.present[chunk.key] = None
+        elif isinstance(residency.slot, Incoming):
+            move.awaited[chunk.key] = chunk
+        return False
+
+    def look_again(self, move: TargetMove) -> None:
+        """What became of the chunks that a move awaits: they are here, to be fetched after all, or still awaited."""
+        awaited, move.awaited = move.awaited, {}
+        missing = {chunk.key for chunk in awaited.values() if self._must_fetch(move, chunk)}
+        if missing:
+            missing.update(chunk.key for chunk in move.pending)
+            move.pending = [chunk for chunk in move.manifest.values() if chunk.key in missing]  # prefix first, as ever
+
+    def miss(self, move: TargetMove) -> bool:
+        """Whether anything that a move had here has gone meanwhile, to another instance; it is to be fetched again."""
+        book = self.book(move)
+        gone = [key for key in (*move.fetched, *move.present) if (held := book.get(key)) is None or not is_held(held)]
+        for key in gone:
+            move.fetched.pop(key, None)
+            move.present.pop(key, None)
+            move.awaited[key] = move.manifest[key]
+        self.look_again(move)
+        return bool(gone)
 
     def _no_room(self, need: Room, book: Residencies, now: float) -> Failure:
         detail = (
@@ -90,6 +122,8 @@ class Fetching:
 
     def fetch_next(self, move: TargetMove, now: float) -> bool:
         """Fetch the next batch; False when there is nothing (more) to fetch, `move.problem` saying why if that is a failure."""
+        assert not move.is_fetching, "a move has one fetch at a time"
+        self.look_again(move)
         book = self.book(move)
         batch, need = self._next_batch(move)
         book.promised.pop(move.event_id, None)  # room is made for this batch, not yet for the rest
@@ -112,7 +146,7 @@ class Fetching:
                 ticket=move.offer.ticket,
                 chunks=move.batch,
                 location=book.location,
-                namespaces=move.namespaces,
+                namespaces=tuple(move.namespaces.values()),
             )
             self._outbox.add(fetch)
             return True
@@ -125,7 +159,7 @@ class Fetching:
         passing = need = NO_ROOM  # what passes through memory, and what it takes up in the end
         while move.pending and (not batch or (passing + room_of(move.pending[0], Location.LOCAL_CPU)).fits(limit)):
             chunk = move.pending.pop(0)
-            if book.get(chunk.key) is None:
+            if self._must_fetch(move, chunk):
                 batch.append(chunk)
                 passing += room_of(chunk, Location.LOCAL_CPU)
                 need += book.room_of(chunk)
@@ -162,14 +196,27 @@ class Fetching:
         move.problem = event.failure if not move.routes else None
 
     def own_fetched(self, move: TargetMove, now: float) -> None:
-        """Own all that was fetched and isn't owned yet; suffixes first, so that prefixes are the last to be evicted."""
-        for residency in reversed(self._incoming(move, is_verified=True)):
-            self._holdings.own_staged(self.book(move), residency, stage=move.event_id, now=now)
+        """Own all that was fetched, for this move or another, and isn't owned yet.
 
-    def drop_fetched(self, move: TargetMove) -> None:
-        """Free all that was fetched and isn't owned."""
-        for residency in self._incoming(move, is_verified=True):
-            self._holdings.drop_staged(self.book(move), residency, stage=move.event_id)
+        Suffixes first, so that prefixes are the last to be evicted.
+        """
+        for key in reversed(move.manifest):
+            residency = self.book(move).get(key)
+            if residency is not None:
+                self.own_verified(move, residency, now)
+
+    def own_verified(self, move: TargetMove, residency: Residency, now: float) -> None:
+        """Own a chunk of a move's, if its bytes are verified and nobody's: it doesn't matter which move brought them."""
+        if isinstance(residency.slot, Incoming) and residency.slot.is_verified:
+            self._holdings.own_staged(self.book(move), residency, stage=residency.slot.move, now=now)
+
+    def drop_fetched(self, move: TargetMove, now: float) -> None:
+        """Free all that was fetched and isn't owned. What another move counts on is owned instead: at worst, a duplicate."""
+        for residency in reversed(self._incoming(move, is_verified=True)):
+            if residency.leases.keys() <= {move.event_id}:
+                self._holdings.drop_staged(self.book(move), residency, stage=move.event_id)
+            else:
+                self.own_verified(move, residency, now)
 
     def release_leases(self, move: TargetMove) -> None:
         """The move needs neither room nor what was here before."""

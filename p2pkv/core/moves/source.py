@@ -32,6 +32,7 @@ from p2pkv.core.messages import (
 )
 from p2pkv.core.moves.handover import Handover
 from p2pkv.core.moves.plan import Manifest, find_manifest, namespace_problem, unknown_location
+from p2pkv.core.moves.repeats import Repeats
 from p2pkv.core.moves.source_move import LaneGrant, SourceMove
 from p2pkv.core.moves.tables import SOURCE, SourceInput, SourceState
 from p2pkv.core.outbox import Outbox
@@ -58,6 +59,7 @@ class SourceMoves:
         self._outbox = outbox
         self._rng = rng
         self._handover = Handover(config, holdings, outbox)
+        self._repeats = Repeats(history)
         self._open: dict[EventId, SourceMove] = {}
         self.is_leaving = False
 
@@ -65,12 +67,15 @@ class SourceMoves:
 
     def plan(self, request: PlanRequest, coordinator: InstanceId, now: float) -> None:
         """Answer the coordinator, and begin the move if there is anything to move."""
-        record = self._history.get(request.event_id)
-        answer: EventRecord | Failure = record if record is not None else self._begin(request, coordinator, now)
+        answer: EventRecord | Failure | None = self._history.get(request.event_id) or self._repeats.find(request)
+        if answer is None:
+            answer = self._begin(request, coordinator, now)
         if isinstance(answer, Failure):
             self._outbox.send(coordinator, PlanAnswer(event_id=request.event_id, event=None, failure=answer))
         else:
-            self._outbox.send(coordinator, PlanAnswer(event_id=request.event_id, event=answer, failure=None))
+            has_key = request.idempotency_key is not None
+            planned = PlanAnswer(event_id=request.event_id, event=answer, failure=None, has_key=has_key)
+            self._outbox.send(coordinator, planned)
 
     def _begin(self, request: PlanRequest, coordinator: InstanceId, now: float) -> EventRecord | Failure:
         old, new = request.old_position, request.new_position
@@ -121,6 +126,7 @@ class SourceMoves:
         if not is_over:
             self._open_move(request, record, manifest, target.generation, now)
         self._keep(record, now)
+        self._repeats.add(request)
         return record
 
     def _open_move(
@@ -222,15 +228,17 @@ class SourceMoves:
         self._tell_progress(move, now)
 
     def keep(self, keys_by_move: dict[EventId, list[ChunkKey]], now: float) -> None:
-        """An engine stored these chunks again while they were on their way out: close their attempts.
+        """An engine, or a move of a lower id, wants these chunks here while they are on their way out: close their attempts.
 
         What those attempts named is handed over anew, but these chunks stay here too, as shared ones.
         """
-        for event_id, keys in keys_by_move.items():
-            move = self._open[event_id]
+        moves = [self._open[event_id] for event_id in keys_by_move]
+        kept = dict.fromkeys(key for keys in keys_by_move.values() for key in keys)
+        for move in moves:  # all of them, before one takes what another had
             self._handover.close_attempt(move)
-            move.kept.update(dict.fromkeys(keys))
+            move.kept.update(kept)
             move.remaining = move.attempt_from
+        for move in moves:
             self._hand_over(move, now)
 
     def _hand_over(self, move: SourceMove, now: float) -> None:

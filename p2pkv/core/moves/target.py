@@ -9,6 +9,7 @@ Rules (`docs/protocol.md` numbers them):
 Not decided here: which bytes are right (the lane verifies before it says `fetched`), what the source frees (`source`).
 """
 
+from collections import defaultdict
 from math import inf
 
 from p2pkv.core.chunks import Chunk
@@ -18,7 +19,7 @@ from p2pkv.core.events import FetchEnded, RouteRefused
 from p2pkv.core.history import History
 from p2pkv.core.holdings import Holdings
 from p2pkv.core.ids import EventId, InstanceId, parse_event_id
-from p2pkv.core.keys import namespace_digest
+from p2pkv.core.keys import ChunkKey, namespace_digest
 from p2pkv.core.membership import Membership
 from p2pkv.core.messages import FetchReport, ManifestPage, ManifestRequest, Offer, Take, TakeAnswer
 from p2pkv.core.moves.fetching import Fetching
@@ -28,7 +29,7 @@ from p2pkv.core.moves.target_move import TargetMove
 from p2pkv.core.moves.tcp_rate import TcpRate
 from p2pkv.core.outbox import Outbox
 from p2pkv.core.records import ChunkCounts, EventRecord, Operation, end_state
-from p2pkv.core.residency import Incoming
+from p2pkv.core.residency import Incoming, Keep, Outgoing
 from p2pkv.errors import ErrorCode, Failure
 
 REPORT_S = 1.0
@@ -45,12 +46,19 @@ class TargetMoves:
     """All open moves whose target is this instance."""
 
     def __init__(
-        self, config: MachineConfig, holdings: Holdings, membership: Membership, history: History, outbox: Outbox
+        self,
+        config: MachineConfig,
+        holdings: Holdings,
+        membership: Membership,
+        history: History,
+        outbox: Outbox,
+        keep: Keep,
     ) -> None:
         self._config = config
         self._holdings = holdings
         self._history = history
         self._outbox = outbox
+        self._keep = keep
         self._fetching = Fetching(config, holdings, membership, outbox)
         self._open: dict[EventId, TargetMove] = {}
         self.is_leaving = False
@@ -164,9 +172,13 @@ class TargetMoves:
         self._fetch_on(move, now)
 
     def _fetch_on(self, move: TargetMove, now: float) -> None:
-        if not self._fetching.fetch_next(move, now):
+        is_copy = move.offer.operation is Operation.COPY
+        is_over = not self._fetching.fetch_next(move, now) and not move.awaited
+        if is_over and is_copy and self._fetching.miss(move):
+            is_over = not self._fetching.fetch_next(move, now) and not move.awaited
+        if is_over:
             move.state = TARGET[move.state][TargetInput.FETCHED]
-            if move.offer.operation is Operation.COPY:
+            if is_copy:
                 self._fetching.own_fetched(move, now)
         self._report(move, now)
 
@@ -174,13 +186,22 @@ class TargetMoves:
         """The lane has brought a batch, or failed to."""
         move = self._open[event.event_id]
         self._fetching.ended(move, event, now)
+        self._resume_others(move, now)
         self._go_on(move, now)
 
     def route_refused(self, event: RouteRefused, now: float) -> None:
         """The lane couldn't be opened: try the next one."""
         move = self._open[event.event_id]
         self._fetching.refused(move, event)
+        self._resume_others(move, now)
         self._go_on(move, now)
+
+    def _resume_others(self, ended: TargetMove, now: float) -> None:
+        """A move's fetch has ended: others that wait for what it was to bring go on, before that may be dropped."""
+        for move in [each for each in self._open.values() if each.awaited and each is not ended]:
+            self._fetching.look_again(move)
+            if move.state is TargetState.FETCHING and not move.is_fetching and (move.pending or not move.awaited):
+                self._fetch_on(move, now)
 
     def _go_on(self, move: TargetMove, now: float) -> None:
         if move.state is TargetState.ENDED:
@@ -220,18 +241,28 @@ class TargetMoves:
             gone = (*take.released, *take.shared)
             answer = TakeAnswer(event_id=take.event_id, attempt=take.attempt, taken=(), already_there=(), gone=gone)
         else:
+            self._claim(move, take, now)
             answer = self._own(move, take, now)
             move.answer = answer
         self._outbox.send(sender, answer)
+
+    def _claim(self, move: TargetMove, take: Take, now: float) -> None:
+        """Keep what moves of higher ids are taking away from here: of two that cross, the lower id's goes on."""
+        named = (self._fetching.book(move).get(key) for key in (*take.released, *take.shared) if key in move.manifest)
+        claimed: dict[EventId, list[ChunkKey]] = defaultdict(list)
+        for residency in filter(None, named):
+            if isinstance(residency.slot, Outgoing) and residency.slot.move > take.event_id:
+                claimed[residency.slot.move].append(residency.chunk.key)
+        self._keep(claimed, now)
 
     def _own(self, move: TargetMove, take: Take, now: float) -> TakeAnswer:
         book = self._fetching.book(move)
         pinned_until = {pin.key: now + pin.ttl_s for pin in take.pins}
         taken, already_there, gone = [], [], []
         for key in (*take.released, *take.shared):
-            residency = book.get(key)
-            if residency is not None and residency.slot == Incoming(move.event_id, is_verified=True):
-                self._holdings.own_staged(book, residency, stage=move.event_id, now=now)
+            residency = book.get(key) if key in move.manifest else None
+            if residency is not None:
+                self._fetching.own_verified(move, residency, now)
             if residency is None or residency.slot is not None:
                 gone.append(key)
                 continue
@@ -284,13 +315,14 @@ class TargetMoves:
             self._fetching.own_fetched(move, now)
             self._put_last_record(move, now)
         else:
-            self._fetching.drop_fetched(move)
+            self._fetching.drop_fetched(move, now)
         self._fetching.release_leases(move)
 
     def _put_last_record(self, move: TargetMove, now: float) -> None:
         """The source can't write the event's end any more, so the target does."""
         parties = parse_event_id(move.event_id)
         assert parties is not None, "checked when it was offered"
+        self._fetching.miss(move)
         offer, moved, there = move.offer, len(move.fetched), len(move.present)
         failed = offer.chunk_count - moved - there
         detail = (

@@ -16,8 +16,9 @@ class TargetMove:
     """One move whose target is this instance.
 
     `pending` are chunks still to fetch, prefix first, by the first of `routes`, the rest of which are for when that is refused;
-    `batch` is being fetched, since `batch_at`; `fetched` came over `lane`; `present` were here before. A move that has
-    ended while its fetch goes on waits for the fetch's end; then, `is_source_lost` decides what becomes of the bytes.
+    `batch` is being fetched, since `batch_at`; `fetched` came over `lane`; `present` were here before, or came by another move;
+    `awaited` are being fetched by another. A move that has ended while its fetch goes on waits for the fetch's end; then,
+    `is_source_lost` decides what becomes of the bytes.
     """
 
     offer: Offer
@@ -35,6 +36,7 @@ class TargetMove:
     lane: Lane | None = None
     fetched: dict[ChunkKey, None] = field(default_factory=dict)
     present: dict[ChunkKey, None] = field(default_factory=dict)
+    awaited: dict[ChunkKey, Chunk] = field(default_factory=dict)
     nbytes: int = 0
     problem: Failure | None = None
     answer: TakeAnswer | None = None
