@@ -60,8 +60,8 @@ class Report:
 def run_chaos(seconds: float, seed: int, tell: Callable[[Report], None]) -> Report:
     """Rounds until `seconds` have passed, or a promise is broken; `tell` is told after each."""
     report = Report(seed)
-    began_at = time.monotonic()
     with _members() as members:
+        began_at = time.monotonic()
         ledger, rng = Ledger(), Random(f"{seed}:guards")
         guarded = guarded_prompts(GUARDED, rng)
         while time.monotonic() - began_at < seconds and not report.violations:
